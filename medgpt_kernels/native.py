@@ -1,0 +1,69 @@
+"""The compiled modules: which instruction set and which CUDA build this machine can run, and why."""
+
+import functools
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from medgpt_kernels.registry import Unsupported
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def build_info() -> str:
+    """What the build made, in its own words."""
+    path = Path(__file__).with_name("_build_info.txt")
+    return path.read_text().strip() if path.exists() else "native code not built"
+
+
+@functools.cache
+def cpu_module(isa: str) -> ModuleType:
+    """The CPU kernels compiled for one instruction set: "baseline", "v3", "v4"."""
+    try:
+        return importlib.import_module(f"medgpt_kernels._c_cpu_{isa}")
+    except ImportError as error:
+        raise Unsupported(f"{error}; {build_info()}") from None
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets that this machine has and this build covers, best first."""
+    return tuple(cpu_module("baseline").supported_isas())
+
+
+def cpu() -> ModuleType:
+    """The best CPU module of this machine; MEDGPT_KERNELS_CPU_ISA picks another.
+
+    Raises Unsupported when nothing was built.
+    """
+    wanted = os.environ.get("MEDGPT_KERNELS_CPU_ISA")
+    isas = supported_isas()
+    if wanted is None:
+        return cpu_module(isas[0])
+    if wanted not in isas:
+        raise Unsupported(f"MEDGPT_KERNELS_CPU_ISA={wanted}: this machine has {', '.join(isas)}")
+    return cpu_module(wanted)
+
+
+@functools.cache
+def cuda(device: int = 0) -> ModuleType:
+    """The CUDA module, once a probe launch has run on the device.
+
+    Raises Unsupported with the reason: not built, or what the driver said.
+    """
+    try:
+        module = importlib.import_module("medgpt_kernels._c_cuda")
+    except ImportError as error:
+        raise Unsupported(f"{error}; {build_info()}") from None
+    reason = module.probe(device)
+    if reason:
+        raise Unsupported(f"probe launch on device {device}: {reason}")
+    return module
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
