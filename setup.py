@@ -73,6 +73,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DMEDGPT_OUT={build / 'out'}",
                 f"-DMEDGPT_EXT_SUFFIX={EXT_SUFFIX}",
+                f"-DMEDGPT_CUDA={os.environ.get('MEDGPT_CUDA', '1')}",
                 f"-DMEDGPT_CUDA_ARCHS={os.environ.get('MEDGPT_CUDA_ARCHS', '')}",
             ]  # fmt: skip
             self._call(configure, build)
