@@ -11,12 +11,12 @@ install:  ## editable, with everything the tests need
 check:  ## lint and formatting, Python and C++
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	clang-format --dry-run -Werror csrc/*/*
+	clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
 
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	clang-format -i csrc/*/*
+	clang-format -i csrc/*.cpp csrc/*/*
 
 test:
 	$(PYTHON) -m pytest
@@ -46,4 +46,4 @@ gpu-report:  ## on a machine with a GPU: the gpu tests, then the benchmarks with
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result
 
 clean:
-	rm -rf build dist *.egg-info medgpt_kernels/_c_* medgpt_kernels/_build_info.txt
+	rm -rf build dist *.egg-info medgpt_kernels/*.so medgpt_kernels/_build_info.txt

@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# The report without an editable install's import hook, which would find its own modules instead.
+REPORT = """
+import runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
+sys.argv = ["medgpt_kernels"]
+runpy.run_module("medgpt_kernels", run_name="__main__")
+"""
 TOOLS = ("c++", "g++", "gcc", "cc", "as", "ld", "ar", "ranlib", "nm", "strip", "uname", "sh")
 
 pytestmark = pytest.mark.slow
@@ -37,7 +44,7 @@ def install(sources, target, **environment):
     subprocess.run([*pip, "--target", str(target), str(sources)], env=environment, check=True)
     seconds = time.perf_counter() - start
     report = subprocess.run(
-        [sys.executable, "-m", "medgpt_kernels"],
+        [sys.executable, "-c", REPORT],
         env={**os.environ, "PYTHONPATH": str(target)},
         cwd=target,
         capture_output=True,
@@ -61,7 +68,13 @@ def test_without_nvcc(sources, tmp_path):
     for tool in TOOLS:
         if found := shutil.which(tool):
             (path / tool).symlink_to(found)
-    environment = {"PATH": str(path), "CUDA_HOME": "", "CUDA_PATH": ""}
+    # Without these CMake looks for nvcc beyond the PATH, in the system's own folders.
+    environment = {
+        "PATH": str(path),
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "CMAKE_ARGS": "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF",
+    }
     report = install(sources, tmp_path / "out", **environment)[1]
     assert "built: cpu:baseline" in report
     assert "no CUDA module: nvcc not found" in report

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "medgpt_kernels"
 OPS = sorted(p.parent.name for p in PACKAGE.glob("*/op.py"))
 BACKENDS = {"reference", "cpu", "triton", "cuda"}
 SHARED_NATIVE = {
-    "cpu": {"module.cpp", "numerics.cpp", "simd.h", "gemm.h", "buffer.h"},
-    "cuda": {"module.cpp", "probe.cu"},
+    "cpu": {"kernels.h", "library.cpp", "numerics.cpp", "simd.h", "gemm.h", "buffer.h"},
+    "cuda": {"kernels.h", "library.cu", "probe.cu"},
 }
 
 

@@ -5,7 +5,6 @@
 // G side of the position table. uint8 pixels are HWC and K runs (py, px, c); float pixels are CHW
 // and K runs (c, py, px): "pixel order". Panels are those of gemm.h.
 #include <omp.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,8 +15,7 @@
 
 #include "buffer.h"
 #include "gemm.h"
-
-namespace py = pybind11;
+#include "kernels.h"
 
 namespace {
 constexpr int kChannels = 3;
@@ -32,18 +30,9 @@ enum class Interpolation : int {
   kBicubicAntialias = 3
 };
 
-// Raw pointers and sizes, as Python hands them over.
-struct Problem {
-  const void* pixels;
-  DType pixel_dtype;
-  const int32_t* sizes;  // [N, 2] height, width in pixels
-  int64_t images, patches, prefix_rows, patch_size, width, grid;
-  Interpolation interpolation;
-  bool conv_layout;
-  float mean[kChannels], std[kChannels];
+using Problem = PatchEmbedProblem;
 
-  int64_t depth() const { return kChannels * patch_size * patch_size; }
-};
+int64_t depth_of(const Problem& p) { return kChannels * p.patch_size * p.patch_size; }
 
 // Where each image starts, in patches and pixels.
 struct Layout {
@@ -97,7 +86,7 @@ struct Normalisation {
   explicit Normalisation(const Problem& p) {
     int64_t area = p.patch_size * p.patch_size;
     bool bytes = p.pixel_dtype == DType::kU8;
-    for (int64_t k = 0; k < p.depth(); k++) {
+    for (int64_t k = 0; k < depth_of(p); k++) {
       int c = bytes ? k % kChannels : k / area;
       double range = bytes ? 255.0 : 1.0;
       scale.push_back(static_cast<float>(1.0 / (range * p.std[c])));
@@ -109,8 +98,8 @@ struct Normalisation {
 // pixel order -> column of the weight
 std::vector<int64_t> weight_columns(const Problem& p) {
   int64_t area = p.patch_size * p.patch_size;
-  std::vector<int64_t> column(p.depth());
-  for (int64_t k = 0; k < p.depth(); k++) {
+  std::vector<int64_t> column(depth_of(p));
+  for (int64_t k = 0; k < depth_of(p); k++) {
     bool bytes = p.pixel_dtype == DType::kU8;
     int64_t c = bytes ? k % kChannels : k / area, at = bytes ? k / kChannels : k % area;
     column[k] = p.conv_layout ? c * area + at : at * kChannels + c;
@@ -219,7 +208,8 @@ class TapTable {
     if (p.grid == 0) return;
     for (int64_t n = 0; n < p.images; n++)
       for (int64_t length : {l.grid_h[n], l.grid_w[n]})
-        if (!taps_.count(length)) taps_[length] = make_taps(length, p.grid, p.interpolation);
+        if (!taps_.count(length))
+          taps_[length] = make_taps(length, p.grid, static_cast<Interpolation>(p.interpolation));
     for (int64_t n = 0; n < p.images; n++) {
       rows.push_back(&taps_[l.grid_h[n]]);
       columns.push_back(&taps_[l.grid_w[n]]);
@@ -285,7 +275,7 @@ void forward_typed(const Problem& p, const T* weight, const T* bias, const float
   Layout layout(p);
   Normalisation norm(p);
   TapTable taps(p, layout);
-  int64_t depth = p.depth(), padded = round_up(p.width, kNR), panels = padded / kNR;
+  int64_t depth = depth_of(p), padded = round_up(p.width, kNR), panels = padded / kNR;
   Buffer<float> weight_panels(padded * depth), start_row(padded);
   pack_weight(weight, weight_panels.get(), weight_columns(p), p.width, depth);
   std::fill_n(start_row.get(), padded, 0.0f);
@@ -360,22 +350,27 @@ void forward_typed(const Problem& p, const T* weight, const T* bias, const float
 }
 
 // d_weight [D, K] and d_bias [D]: each thread owns a range of D and sums over all tokens in order.
+// A step packs kChunk tokens; a B panel stays in L1 while the thread's A panels pass from L2.
 template <typename T>
 void backward_weight(const Problem& p, const Layout& layout, const T* d_tokens, T* d_weight,
                      T* d_bias) {
   Normalisation norm(p);
   std::vector<int64_t> column = weight_columns(p);
-  int64_t depth = p.depth(), padded = round_up(depth, kNR), b_panels = padded / kNR;
+  int64_t depth = depth_of(p), padded = round_up(depth, kNR), b_panels = padded / kNR;
   int64_t a_panels = (p.width + kMR - 1) / kMR;
-  Buffer<float> acc_all(a_panels * kMR * padded), b(kChunk * padded);
+  Buffer<float> sums(a_panels * kMR * padded);  // tiles [n][mp][kMR][kNR]
+  Buffer<float> b(kChunk * padded);             // panels [n][t][kNR]
   Buffer<const T*> rows(kChunk);
-  std::fill_n(acc_all.get(), a_panels * kMR * padded, 0.0f);
+  std::fill_n(sums.get(), a_panels * kMR * padded, 0.0f);
 #pragma omp parallel
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t from = a_panels * me / threads, to = a_panels * (me + 1) / threads;
-    Buffer<float> a(kChunk * kMR), row(padded);
+    int64_t d0 = from * kMR, live = std::min(to * kMR, p.width) - d0;
+    int64_t line_size = round_up((to - from) * kMR, kLanes);
+    Buffer<float> a(kChunk * (to - from) * kMR), row(padded), line(line_size);  // a: [mp][t][kMR]
     std::fill_n(row.get(), padded, 0.0f);
+    std::fill_n(line.get(), line_size, 0.0f);
     std::vector<double> bias_sum((to - from) * kMR, 0.0);
     for (int64_t first = 0; first < p.patches; first += kChunk) {
       int64_t count = std::min<int64_t>(kChunk, p.patches - first);
@@ -391,33 +386,33 @@ void backward_weight(const Problem& p, const Layout& layout, const T* d_tokens, 
           rows[t] = d_tokens + (at.patch + (at.image + 1) * p.prefix_rows) * p.width;
         }
       }
-      for (int64_t mp = from; mp < to; mp++) {
-        int64_t d0 = mp * kMR, live = std::min<int64_t>(kMR, p.width - d0);
-        double* total = bias_sum.data() + (mp - from) * kMR;
-        for (int64_t t = 0; t < count; t++)
-          for (int64_t m = 0; m < kMR; m++) {
-            float value = m < live ? to_float(rows[t][d0 + m]) : 0.0f;
-            a[t * kMR + m] = value;
-            total[m] += value;
-          }
-        for (int64_t n = 0; n < b_panels; n++) {
-          vf acc[kMR][kNV];
-          float* c = acc_all.get() + d0 * padded + n * kNR;
-          for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) acc[m][v] = load(c + m * padded + v * kLanes);
-          gemm_micro_kernel(count, a.get(), b.get() + n * kChunk * kNR, acc);
-          for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) store(c + m * padded + v * kLanes, acc[m][v]);
-        }
+      for (int64_t t = 0; t < count; t++) {
+        const T* in = rows[t] + d0;
+        for (int64_t d = 0; d < live; d += kLanes)
+          store(line.get() + d, live - d < kLanes ? load_partial(in + d, live - d) : load(in + d));
+        for (int64_t mp = 0; mp < to - from; mp++)
+          std::copy_n(line.get() + mp * kMR, kMR, a.get() + (mp * kChunk + t) * kMR);
+        for (int64_t d = 0; d < live; d++) bias_sum[d] += line[d];
       }
+      for (int64_t n = 0; n < b_panels; n++)
+        for (int64_t mp = 0; mp < to - from; mp++) {
+          vf acc[kMR][kNV];
+          float* c = sums.get() + (n * a_panels + from + mp) * kMR * kNR;
+          for (int m = 0; m < kMR; m++)
+            for (int v = 0; v < kNV; v++) acc[m][v] = load(c + m * kNR + v * kLanes);
+          gemm_micro_kernel(count, a.get() + mp * kChunk * kMR, b.get() + n * kChunk * kNR, acc);
+          for (int m = 0; m < kMR; m++)
+            for (int v = 0; v < kNV; v++) store(c + m * kNR + v * kLanes, acc[m][v]);
+        }
 #pragma omp barrier
     }
-    for (int64_t d = from * kMR; d < std::min(to * kMR, p.width); d++) {
+    for (int64_t d = 0; d < live; d++) {
+      int64_t mp = from + d / kMR, m = d % kMR;
       if (d_weight != nullptr)
         for (int64_t k = 0; k < depth; k++)
-          d_weight[d * depth + column[k]] = from_float<T>(acc_all[d * padded + k]);
-      if (d_bias != nullptr)
-        d_bias[d] = from_float<T>(static_cast<float>(bias_sum[d - from * kMR]));
+          d_weight[(d0 + d) * depth + column[k]] =
+              from_float<T>(sums[((k / kNR * a_panels + mp) * kMR + m) * kNR + k % kNR]);
+      if (d_bias != nullptr) d_bias[d0 + d] = from_float<T>(static_cast<float>(bias_sum[d]));
     }
   }
 }
@@ -474,13 +469,13 @@ void backward_prefix(const Problem& p, const Layout& layout, const T* d_tokens, 
   }
 }
 
-// d_pixels, in the float pixels' own dtype and places: (d_tokens @ weight) / std.
-template <typename T, typename X>
+// d_pixels fp32, in the float pixels' places: (d_tokens @ weight) / std.
+template <typename T>
 void backward_pixels(const Problem& p, const Layout& layout, const T* d_tokens, const T* weight,
-                     X* d_pixels) {
+                     float* d_pixels) {
   Normalisation norm(p);
   std::vector<int64_t> column = weight_columns(p);
-  int64_t depth = p.depth(), padded = round_up(depth, kNR), b_panels = padded / kNR,
+  int64_t depth = depth_of(p), padded = round_up(depth, kNR), b_panels = padded / kNR,
           ps = p.patch_size;
   Buffer<float> b(p.width * padded);
 #pragma omp parallel for schedule(static)
@@ -520,7 +515,7 @@ void backward_pixels(const Problem& p, const Layout& layout, const T* d_tokens, 
                 layout.first_element[to.image] + (c * h + to.y * ps + py) * w + to.x * ps;
             int64_t k0 = (c * ps + py) * ps;
             for (int64_t i = 0; i < ps; i++)
-              d_pixels[offset + i] = from_float<X>(out[m * padded + k0 + i] * norm.scale[k0 + i]);
+              d_pixels[offset + i] = out[m * padded + k0 + i] * norm.scale[k0 + i];
           }
         if (m + 1 < rows) to.advance();
       }
@@ -537,75 +532,25 @@ void with_dtype(DType dtype, F&& f) {
   else
     f(f16{});
 }
-
-Problem make_problem(uintptr_t pixels, int pixel_dtype, uintptr_t sizes, int64_t images,
-                     int64_t patches, int64_t prefix_rows, int64_t patch_size, int64_t width,
-                     int64_t grid, int interpolation, bool conv_layout, py::sequence mean,
-                     py::sequence std) {
-  Problem p{reinterpret_cast<const void*>(pixels),
-            static_cast<DType>(pixel_dtype),
-            reinterpret_cast<const int32_t*>(sizes),
-            images,
-            patches,
-            prefix_rows,
-            patch_size,
-            width,
-            grid,
-            static_cast<Interpolation>(interpolation),
-            conv_layout,
-            {},
-            {}};
-  for (int c = 0; c < kChannels; c++) {
-    p.mean[c] = mean[c].cast<float>();
-    p.std[c] = std[c].cast<float>();
-  }
-  return p;
-}
-
-// Absent tensors are passed as 0; table is fp32 [G, G, D].
-void forward(const Problem& p, int dtype, uintptr_t weight, uintptr_t bias, uintptr_t table,
-             uintptr_t prefix, uintptr_t tokens, uintptr_t coords) {
-  with_dtype(static_cast<DType>(dtype), [&](auto tag) {
-    using T = decltype(tag);
-    forward_typed<T>(p, reinterpret_cast<const T*>(weight), reinterpret_cast<const T*>(bias),
-                     reinterpret_cast<const float*>(table), reinterpret_cast<const T*>(prefix),
-                     reinterpret_cast<T*>(tokens), reinterpret_cast<int32_t*>(coords));
-  });
-}
-
-// Gradients that are not wanted are passed as 0; d_table is fp32.
-void backward(const Problem& p, int dtype, uintptr_t d_tokens, uintptr_t weight, uintptr_t d_weight,
-              uintptr_t d_bias, uintptr_t d_table, uintptr_t d_prefix, uintptr_t d_pixels) {
-  with_dtype(static_cast<DType>(dtype), [&](auto tag) {
-    using T = decltype(tag);
-    Layout layout(p);
-    auto* in = reinterpret_cast<const T*>(d_tokens);
-    if (d_weight || d_bias)
-      backward_weight<T>(p, layout, in, reinterpret_cast<T*>(d_weight),
-                         reinterpret_cast<T*>(d_bias));
-    if (d_table) backward_table<T>(p, layout, in, reinterpret_cast<float*>(d_table));
-    if (d_prefix) backward_prefix<T>(p, layout, in, reinterpret_cast<T*>(d_prefix));
-    if (d_pixels)
-      with_dtype(p.pixel_dtype, [&](auto pixel_tag) {
-        using X = decltype(pixel_tag);
-        backward_pixels<T, X>(p, layout, in, reinterpret_cast<const T*>(weight),
-                              reinterpret_cast<X*>(d_pixels));
-      });
-  });
-}
 }  // namespace
 
-void bind_patch_embed(py::module_& m) {
-  py::class_<Problem>(m, "PatchEmbedProblem")
-      .def(py::init(&make_problem), py::kw_only(), py::arg("pixels"), py::arg("pixel_dtype"),
-           py::arg("sizes"), py::arg("images"), py::arg("patches"), py::arg("prefix_rows"),
-           py::arg("patch_size"), py::arg("width"), py::arg("grid"), py::arg("interpolation"),
-           py::arg("conv_layout"), py::arg("mean"), py::arg("std"));
-  m.def("patch_embed_fwd", &forward, py::kw_only(), py::arg("problem"), py::arg("dtype"),
-        py::arg("weight"), py::arg("bias"), py::arg("table"), py::arg("prefix"), py::arg("tokens"),
-        py::arg("coords"), py::call_guard<py::gil_scoped_release>());
-  m.def("patch_embed_bwd", &backward, py::kw_only(), py::arg("problem"), py::arg("dtype"),
-        py::arg("d_tokens"), py::arg("weight"), py::arg("d_weight"), py::arg("d_bias"),
-        py::arg("d_table"), py::arg("d_prefix"), py::arg("d_pixels"),
-        py::call_guard<py::gil_scoped_release>());
+void patch_embed_fwd(const Problem& p, const PatchEmbedForward& f) {
+  with_dtype(f.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    forward_typed<T>(p, static_cast<const T*>(f.weight), static_cast<const T*>(f.bias), f.table,
+                     static_cast<const T*>(f.prefix), static_cast<T*>(f.tokens), f.coords);
+  });
+}
+
+void patch_embed_bwd(const Problem& p, const PatchEmbedBackward& b) {
+  with_dtype(b.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    Layout layout(p);
+    auto* in = static_cast<const T*>(b.d_tokens);
+    if (b.d_weight || b.d_bias)
+      backward_weight<T>(p, layout, in, static_cast<T*>(b.d_weight), static_cast<T*>(b.d_bias));
+    if (b.d_table) backward_table<T>(p, layout, in, b.d_table);
+    if (b.d_prefix) backward_prefix<T>(p, layout, in, static_cast<T*>(b.d_prefix));
+    if (b.d_pixels) backward_pixels<T>(p, layout, in, static_cast<const T*>(b.weight), b.d_pixels);
+  });
 }
