@@ -401,13 +401,14 @@ void backward_weight(const Problem& p, const Layout& layout, const T* d_tokens, 
             total[m] += value;
           }
         for (int64_t n = 0; n < b_panels; n++) {
-          vf acc[kMR][kNV];
+          vf acc[kMR][kNV] = {};
+          gemm_micro_kernel(count, a.get(), b.get() + n * kChunk * kNR, acc);
           float* c = acc_all.get() + d0 * padded + n * kNR;
           for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) acc[m][v] = load(c + m * padded + v * kLanes);
-          gemm_micro_kernel(count, a.get(), b.get() + n * kChunk * kNR, acc);
-          for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) store(c + m * padded + v * kLanes, acc[m][v]);
+            for (int v = 0; v < kNV; v++) {
+              float* at = c + m * padded + v * kLanes;
+              store(at, load(at) + acc[m][v]);
+            }
         }
       }
 #pragma omp barrier
