@@ -29,6 +29,7 @@ SKIMAGE_FILES = {
     "histology": "ihc.png",  # 512x512
     "microaneurysms": "microaneurysms.png",  # 102x102, grey
 }
+NAMES = (*DICOM_FILES, *SKIMAGE_FILES)
 
 # (height, width): 23,422 patches of 16 in all
 MIXED_SIZES = (
@@ -83,14 +84,14 @@ def image(name: str) -> np.ndarray:
         return _read_only(np.array(picture.convert("RGB")))
 
 
-def radiographs() -> dict[str, np.ndarray]:
+def radiographs() -> list[np.ndarray]:
     """The two projection radiographs: a PA chest and an ankle."""
-    return {name: image(name) for name in ("chest", "ankle")}
+    return [image("chest"), image("ankle")]
 
 
-def images() -> dict[str, np.ndarray]:
-    """Every picture by name: radiographs, CT, MR, bone scan, fundus, histology."""
-    return {name: image(name) for name in (*DICOM_FILES, *SKIMAGE_FILES)}
+def images() -> list[np.ndarray]:
+    """Every picture: radiographs, CT, MR, bone scan, fundus, histology."""
+    return [image(name) for name in NAMES]
 
 
 def crop_to_aspect(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -121,12 +122,11 @@ def mixed_batch(
         patch_size: sides are rounded down to its multiples.
         sizes: a tuple of (height, width).
     """
-    names = (*DICOM_FILES, *SKIMAGE_FILES)
     batch = []
     for i in range(count):
         h, w = (side // patch_size * patch_size for side in sizes[i % len(sizes)])
         # no picture is stretched far beyond its own resolution
-        large = [n for n in names if min(image(n).shape[:2]) * 3 >= min(h, w)]
+        large = [n for n in NAMES if min(image(n).shape[:2]) * 3 >= min(h, w)]
         batch.append(fit(image(large[i % len(large)]), h, w))
     return tuple(batch)
 

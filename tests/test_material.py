@@ -4,10 +4,8 @@ import material
 import numpy as np
 import pytest
 
-NAMES = (*material.DICOM_FILES, *material.SKIMAGE_FILES)
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", material.NAMES)
 def test_image_is_uint8_rgb_with_content(name):
     picture = material.image(name)
     assert picture.dtype == np.uint8
@@ -16,6 +14,14 @@ def test_image_is_uint8_rgb_with_content(name):
     assert picture.std() > 5
     assert picture.max() - picture.min() > 60
     assert not picture.flags.writeable
+
+
+def test_lists_hold_the_named_pictures():
+    assert len(material.images()) == len(material.NAMES)
+    assert [picture.shape for picture in material.radiographs()] == [
+        (1955, 1841, 3),
+        (1760, 1760, 3),
+    ]
 
 
 @pytest.mark.parametrize("name", ["fundus", "histology"])
