@@ -15,20 +15,33 @@ constexpr int kMR = 6, kNV = 2;
 #endif
 constexpr int kNR = kNV * kLanes;
 
+// A long sum of equal signs (flat image areas, one token after another) loses bits, so the terms of
+// each step are summed apart.
+constexpr int64_t kDepthStep = 128;
+
 // acc[m][n] += sum over k of a[k][m] * b[k][n]
 inline void gemm_micro_kernel(int64_t depth, const float* __restrict a, const float* __restrict b,
                               vf (&acc)[kMR][kNV]) {
-  for (int64_t k = 0; k < depth; k++) {
-    vf bv[kNV];
+  for (int64_t begin = 0; begin < depth; begin += kDepthStep) {
+    vf part[kMR][kNV] = {};
+    int64_t end = depth < begin + kDepthStep ? depth : begin + kDepthStep;
+    for (int64_t k = begin; k < end; k++) {
+      vf bv[kNV];
 #pragma GCC unroll 4
-    for (int n = 0; n < kNV; n++) bv[n] = load(b + n * kLanes);
+      for (int n = 0; n < kNV; n++) bv[n] = load(b + n * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < kMR; m++) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kNV; n++) part[m][n] += a[m] * bv[n];
+      }
+      a += kMR;
+      b += kNR;
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < kMR; m++) {
 #pragma GCC unroll 4
-      for (int n = 0; n < kNV; n++) acc[m][n] += a[m] * bv[n];
+      for (int n = 0; n < kNV; n++) acc[m][n] += part[m][n];
     }
-    a += kMR;
-    b += kNR;
   }
 }
 
