@@ -22,6 +22,13 @@ def multiples(run: dict) -> dict[tuple[str, str], float]:
     return found
 
 
+def is_noisy(run: dict, name: str, contender: str, tolerance: float) -> bool:
+    """Whether ours or the baseline spread by more than the tolerance between its quartiles."""
+    group = run["groups"][name]
+    rows = (group["contenders"][n] for n in (contender, group["baseline"]))
+    return any(row["q3_ms"] - row["q1_ms"] > tolerance * row["median_ms"] for row in rows)
+
+
 def compare(old: dict, new: dict, tolerance: float) -> tuple[list[str], list[str]]:
     """Returns (a line for every comparison, the regressions among them).
 
@@ -44,6 +51,8 @@ def compare(old: dict, new: dict, tolerance: float) -> tuple[list[str], list[str
         else:
             change = after[key] / before[key] - 1
             line = f"{label}: {before[key]:.3f} -> {after[key]:.3f} of the baseline ({change:+.0%})"
+            if is_noisy(old, *key, tolerance) or is_noisy(new, *key, tolerance):
+                line += ", noisy: measure again on a quiet machine"
             if change > tolerance:
                 regressions.append(line)
         lines.append(line)

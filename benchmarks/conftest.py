@@ -34,7 +34,7 @@ import results  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
-MEASURED = pytest.StashKey[dict[str, harness.Measured]]()
+MEASURED = pytest.StashKey[dict[str, results.Measured]]()
 
 
 def pytest_addoption(parser):

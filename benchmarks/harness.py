@@ -7,19 +7,18 @@ their medians see the same weather. pytest-benchmark then gets the recorded dura
 """
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from results import BASELINE, Measured, Outcome
 
 from medgpt_kernels import registry, roofline, testing
-from medgpt_kernels.roofline import Cost, Roofs
+from medgpt_kernels.roofline import Cost
 
-BASELINE = "reference"
 OURS = ("cpu", "triton", "cuda")
 SLOW_SECONDS = 1.0  # a contender slower than this runs fewer rounds
 Outputs = dict[str, torch.Tensor]
@@ -57,61 +56,6 @@ class Group:
     contenders: dict[str, Callable[[], Contender]]
     truth: Callable[[], Outputs]
     peer_bound: float
-
-
-@dataclass
-class Outcome:
-    """What became of one contender: durations, or why there are none."""
-
-    kind: str  # "baseline", "ours", "peer" or "bound"
-    times: list[float] = field(default_factory=list)  # seconds
-    refused: str = ""  # wrong, or crashed
-    skipped: str = ""  # not available here
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.times)
-
-
-@dataclass
-class Measured:
-    """A group's outcomes with what they are judged by; the group's tensors are gone."""
-
-    name: str
-    cost: Cost
-    dtype: torch.dtype
-    roofs: Roofs
-    outcomes: dict[str, Outcome]
-
-    def strongest_peer(self) -> str | None:
-        """The fastest contender that does the op's whole work and is not ours."""
-        rivals = {n: o for n, o in self.outcomes.items() if o.kind in ("baseline", "peer")}
-        timed = {n: o.median for n, o in rivals.items() if o.times}
-        return min(timed, key=timed.get) if timed else None
-
-    def figures(self, name: str) -> dict:
-        """The numbers of one timed contender; ratios above 1 mean faster than the other."""
-        outcome = self.outcomes[name]
-        seconds = outcome.median
-        low, _, high = (
-            statistics.quantiles(outcome.times, n=4, method="inclusive")
-            if len(outcome.times) > 1
-            else [seconds] * 3
-        )
-        row = {
-            "kind": outcome.kind,
-            "rounds": len(outcome.times),
-            "median_ms": seconds * 1e3,
-            "q1_ms": low * 1e3,
-            "q3_ms": high * 1e3,
-            "gflops": self.cost.flops / seconds / 1e9,
-            "gbs": self.cost.bytes / seconds / 1e9,
-            "percent_of_roof": roofline.percent_of_roof(self.cost, seconds, self.roofs, self.dtype),
-        }
-        for key, other in (("vs_baseline", BASELINE), ("vs_peer", self.strongest_peer())):
-            there = other in self.outcomes and self.outcomes[other].times
-            row[key] = self.outcomes[other].median / seconds if there else None
-        return row
 
 
 @dataclass

@@ -1,14 +1,75 @@
-"""A run's record: what machine, what versions, what medians; as JSON, as Markdown, as a table."""
+"""What a run measured: medians and ratios, its machine and versions; as JSON, Markdown, a table."""
 
 import datetime
 import json
 import platform
 import re
+import statistics
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import harness
 import torch
+
+from medgpt_kernels import roofline
+from medgpt_kernels.roofline import Cost, Roofs
+
+BASELINE = "reference"
+
+
+@dataclass
+class Outcome:
+    """What became of one contender: durations, or why there are none."""
+
+    kind: str  # "baseline", "ours", "peer" or "bound"
+    times: list[float] = field(default_factory=list)  # seconds
+    refused: str = ""  # wrong, or crashed
+    skipped: str = ""  # not available here
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+@dataclass
+class Measured:
+    """A group's outcomes with what they are judged by; the group's tensors are gone."""
+
+    name: str
+    cost: Cost
+    dtype: torch.dtype
+    roofs: Roofs
+    outcomes: dict[str, Outcome]
+
+    def strongest_peer(self) -> str | None:
+        """The fastest contender that does the op's whole work and is not ours."""
+        rivals = {n: o for n, o in self.outcomes.items() if o.kind in ("baseline", "peer")}
+        timed = {n: o.median for n, o in rivals.items() if o.times}
+        return min(timed, key=timed.get) if timed else None
+
+    def figures(self, name: str) -> dict:
+        """The numbers of one timed contender; ratios above 1 mean faster than the other."""
+        outcome = self.outcomes[name]
+        seconds = outcome.median
+        low, _, high = (
+            statistics.quantiles(outcome.times, n=4, method="inclusive")
+            if len(outcome.times) > 1
+            else [seconds] * 3
+        )
+        row = {
+            "kind": outcome.kind,
+            "rounds": len(outcome.times),
+            "median_ms": seconds * 1e3,
+            "q1_ms": low * 1e3,
+            "q3_ms": high * 1e3,
+            "gflops": self.cost.flops / seconds / 1e9,
+            "gbs": self.cost.bytes / seconds / 1e9,
+            "percent_of_roof": roofline.percent_of_roof(self.cost, seconds, self.roofs, self.dtype),
+        }
+        for key, other in (("vs_baseline", BASELINE), ("vs_peer", self.strongest_peer())):
+            there = other in self.outcomes and self.outcomes[other].times
+            row[key] = self.outcomes[other].median / seconds if there else None
+        return row
 
 
 def cpu_name() -> str:
@@ -33,7 +94,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def record(measured: list, device: str, *, short: bool) -> dict:
+def record(measured: list[Measured], device: str, *, short: bool) -> dict:
     """Everything a later reader needs to judge or compare the run."""
     roofs = measured[0].roofs
     groups = {}
@@ -41,7 +102,7 @@ def record(measured: list, device: str, *, short: bool) -> dict:
         timed = {n: group.figures(n) for n, o in group.outcomes.items() if o.times}
         refused = {n: o.refused for n, o in group.outcomes.items() if o.refused}
         groups[group.name] = {
-            "baseline": harness.BASELINE,
+            "baseline": BASELINE,
             "strongest_peer": group.strongest_peer(),
             "bytes": group.cost.bytes,
             "flops": group.cost.flops,

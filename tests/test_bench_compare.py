@@ -7,7 +7,7 @@ import compare
 import pytest
 import results
 import torch
-from harness import Measured, Outcome
+from results import Measured, Outcome
 
 from medgpt_kernels.roofline import Cost, Roofs
 
@@ -56,6 +56,14 @@ def test_a_planted_regression_fails_and_is_named(run_main):
     assert "  op bwd / cpu: 0.500 -> 0.600 of the baseline (+20%)" in printed.out
     assert "  op fwd" not in printed.out
     assert run_main(made_up_run(), new, "--tolerance", "0.25")[0] == 0
+
+
+def test_a_noisy_run_says_so(run_main):
+    new = made_up_run()
+    new["groups"]["op bwd"]["contenders"]["reference"]["q3_ms"] *= 2
+    status, printed = run_main(made_up_run(), new)
+    assert status == 0
+    assert printed.out.count("noisy") == 1
 
 
 def test_a_slower_machine_is_no_regression(run_main):
