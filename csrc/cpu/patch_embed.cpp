@@ -396,13 +396,14 @@ void backward_weight(const Problem& p, const Layout& layout, const T* d_tokens, 
       }
       for (int64_t n = 0; n < b_panels; n++)
         for (int64_t mp = 0; mp < to - from; mp++) {
-          vf acc[kMR][kNV];
+          vf acc[kMR][kNV] = {};
+          gemm_micro_kernel(count, a.get() + mp * kChunk * kMR, b.get() + n * kChunk * kNR, acc);
           float* c = sums.get() + (n * a_panels + from + mp) * kMR * kNR;
           for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) acc[m][v] = load(c + m * kNR + v * kLanes);
-          gemm_micro_kernel(count, a.get() + mp * kChunk * kMR, b.get() + n * kChunk * kNR, acc);
-          for (int m = 0; m < kMR; m++)
-            for (int v = 0; v < kNV; v++) store(c + m * kNR + v * kLanes, acc[m][v]);
+            for (int v = 0; v < kNV; v++) {
+              float* at = c + m * kNR + v * kLanes;
+              store(at, load(at) + acc[m][v]);
+            }
         }
 #pragma omp barrier
     }
