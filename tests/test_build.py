@@ -73,7 +73,7 @@ def test_without_nvcc(sources, tmp_path):
         "PATH": str(path),
         "CUDA_HOME": "",
         "CUDA_PATH": "",
-        "CMAKE_ARGS": "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF",
+        "CMAKE_ARGS": "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF -DMEDGPT_CUDA_ROOT=/nonexistent",
     }
     report = install(sources, tmp_path / "out", **environment)[1]
     assert "built: cpu:baseline" in report
