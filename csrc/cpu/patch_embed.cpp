@@ -71,6 +71,8 @@ void forward_typed(const Problem& p, const T* weight, const T* bias, const float
       std::fill(out + p.width, out + padded, 0.0f);
     }
 
+  int64_t total = p.patches + p.images * p.prefix_rows;
+  advise_huge_pages(tokens, total * p.width * static_cast<int64_t>(sizeof(T)));
   for (int64_t n = 0; n < p.images; n++)
     for (int64_t r = 0; r < p.prefix_rows; r++) {
       int64_t at = layout.first_patch[n] + n * p.prefix_rows + r;
