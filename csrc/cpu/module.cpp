@@ -3,8 +3,10 @@
 
 namespace py = pybind11;
 
-void bind_patch_embed(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_numerics(py::module_& m);
+void bind_patch_embed(py::module_& m);
+void bind_rotary(py::module_& m);
 
 namespace {
 // The instruction sets of this machine that modules are built for, best first.
@@ -29,6 +31,8 @@ PYBIND11_MODULE(MEDGPT_MODULE, m) {
   m.doc() = "CPU kernels of medgpt_kernels, compiled for " MEDGPT_ISA;
   m.attr("isa") = MEDGPT_ISA;
   m.def("supported_isas", &supported_isas);
+  bind_attention(m);
   bind_numerics(m);
   bind_patch_embed(m);
+  bind_rotary(m);
 }

@@ -1,7 +1,7 @@
-// Conversions exposed for the tests that hold every instruction set to the same rounding.
+// Conversions and exp2, exposed for the tests that hold every instruction set to its bounds.
 #include <pybind11/pybind11.h>
 
-#include "simd.h"
+#include "vmath.h"
 
 namespace py = pybind11;
 
@@ -30,9 +30,17 @@ void widen(uintptr_t in, uintptr_t out, int64_t n, int dtype) {
   else
     widen_typed(reinterpret_cast<const f16*>(in), y, n);
 }
+
+// out[i] = 2^in[i], n a multiple of the vector's length
+void exp2_all(uintptr_t in, uintptr_t out, int64_t n) {
+  auto* x = reinterpret_cast<const float*>(in);
+  auto* y = reinterpret_cast<float*>(out);
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) store(y + i, exp2_small(load(x + i)));
+}
 }  // namespace
 
 void bind_numerics(py::module_& m) {
   m.def("narrow", &narrow);
   m.def("widen", &widen);
+  m.def("exp2", &exp2_all);
 }

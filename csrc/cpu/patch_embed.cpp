@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "dispatch.h"
 #include "gemm.h"
 
 namespace py = pybind11;
@@ -527,16 +528,6 @@ void backward_pixels(const Problem& p, const Layout& layout, const T* d_tokens, 
       }
     }
   }
-}
-
-template <typename F>
-void with_dtype(DType dtype, F&& f) {
-  if (dtype == DType::kF32)
-    f(float{});
-  else if (dtype == DType::kBF16)
-    f(bf16{});
-  else
-    f(f16{});
 }
 
 Problem make_problem(uintptr_t pixels, int pixel_dtype, uintptr_t sizes, int64_t images,
