@@ -158,10 +158,11 @@ void forward_unit(const Sequence& s, const Unit& unit, const ForwardArguments& a
               w.values.get());
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
-      for (int64_t lo = mine.lo; lo < mine.hi; lo += kKeys)
+      int64_t length = step_length(mine);
+      for (int64_t lo = mine.lo; lo < mine.hi; lo += length)
         step(p, w.panels[i], w.queries.get() + i * kRows * dim, w.keys.get() + (lo - block) * dim,
-             w.values.get() + (lo - block) * padded, {lo, std::min(lo + kKeys, mine.hi)}, w.p.get(),
-             w.maximum.get() + i * kRows, w.sum.get() + i * kRows,
+             w.values.get() + (lo - block) * padded, {lo, std::min(lo + length, mine.hi)},
+             w.p.get(), w.maximum.get() + i * kRows, w.sum.get() + i * kRows,
              w.out.get() + i * kRows * padded);
     }
   }
@@ -197,6 +198,8 @@ void forward(const Problem& p, int dtype, const ForwardArguments& a) {
   std::vector<Unit> units = make_units(p, sequences, unit_rows);
   with_dtype(static_cast<DType>(dtype), [&](auto tag) {
     using T = decltype(tag);
+    int64_t batches = p.cu_q != nullptr ? 1 : p.sequences;
+    advise_huge_pages(a.out, batches * p.tokens_q * p.heads * p.head_dim * sizeof(T));
 #pragma omp parallel
     {
       Scratch scratch(p, unit_rows);

@@ -28,8 +28,8 @@ constexpr int kAR = 4, kBV = 5;  // 20 of 32
 constexpr int kAR = 4, kBV = 2;
 #endif
 constexpr int kRows = kBV * kLanes;
-constexpr int kKeys = 64;         // keys between two updates of the running maximum
-constexpr int kPackedKeys = 256;  // keys in the micro-kernel's order at one time
+constexpr int kKeys = 96;         // most keys between two updates of the running maximum
+constexpr int kPackedKeys = 384;  // keys in the micro-kernel's order at one time
 static_assert(kKeys % kLanes == 0 && kPackedKeys % kKeys == 0 && kLanes % kAR == 0, "whole panels");
 
 using Strides = std::array<int64_t, 3>;  // elements from one batch, token, head to the next
@@ -134,6 +134,12 @@ inline Range clip_to_block(Range wanted, int64_t block) {
   int64_t lo = std::max(wanted.lo / kAR * kAR, block);
   int64_t hi = std::min(round_up(wanted.hi, kAR), block + kPackedKeys);
   return {lo, std::max(lo, hi)};
+}
+
+// Length of the steps that cover `keys` in equal parts of at most kKeys, whole panels of kAR.
+inline int64_t step_length(Range keys) {
+  int64_t count = keys.hi - keys.lo, steps = (count + kKeys - 1) / kKeys;
+  return steps == 0 ? kKeys : round_up((count + steps - 1) / steps, kAR);
 }
 
 // rows [kRows][Dp] -> columns [D][kRows]

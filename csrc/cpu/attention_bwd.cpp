@@ -219,9 +219,10 @@ void backward_chunk(const Sequence& s, const Part& part, Range rows, const Backw
     pack_panels(w.key_rows.get(), w.key_panels.get(), count, dim, padded, p.scale);
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
-      for (int64_t lo = mine.lo; lo < mine.hi; lo += kKeys) {
+      int64_t length = step_length(mine);
+      for (int64_t lo = mine.lo; lo < mine.hi; lo += length) {
         int64_t offset = (lo - part.keys.lo) * padded;
-        step(p, w, i, {lo, std::min(lo + kKeys, mine.hi)}, block, d_k ? d_k + offset : nullptr,
+        step(p, w, i, {lo, std::min(lo + length, mine.hi)}, block, d_k ? d_k + offset : nullptr,
              d_v ? d_v + offset : nullptr, a.d_q != nullptr);
       }
     }
@@ -328,6 +329,10 @@ void backward_typed(const Problem& p, const BackwardArguments& a) {
                      : (parts.back().offset + parts.back().keys.hi - parts.back().keys.lo) * padded;
   Buffer<float> d_k(a.d_k != nullptr ? size : 0), d_v(a.d_v != nullptr ? size : 0);
   std::vector<double> d_sinks(parts.size() * group, 0.0);
+  int64_t batches = p.cu_q != nullptr ? 1 : p.sequences, bytes = batches * p.head_dim * sizeof(T);
+  if (a.d_q != nullptr) advise_huge_pages(a.d_q, bytes * p.tokens_q * p.heads);
+  if (a.d_k != nullptr) advise_huge_pages(a.d_k, bytes * p.tokens_k * p.kv_heads);
+  if (a.d_v != nullptr) advise_huge_pages(a.d_v, bytes * p.tokens_k * p.kv_heads);
 #pragma omp parallel
   {
     Scratch scratch(p);

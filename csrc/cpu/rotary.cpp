@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "buffer.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -106,6 +107,8 @@ void rotary(uintptr_t q, uintptr_t k, uintptr_t q_out, uintptr_t k_out, Strides 
   std::vector<int32_t> at = positions(p);
   with_dtype(static_cast<DType>(dtype), [&](auto tag) {
     using T = decltype(tag);
+    for (const Tensor& t : {query, key})
+      advise_huge_pages(t.out, batches * tokens * t.heads * head_dim * sizeof(T));
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < batches * tokens; i++) {
       const float *c = p.cos + at[i] * half, *s = p.sin + at[i] * half;
