@@ -1,6 +1,7 @@
 // The Python module: opens the libraries of kernels and hands pointers and sizes to them. No torch.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -101,6 +102,90 @@ void bind_patch_embed(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::arg("d_weight"), py::arg("d_bias"), py::arg("d_table"), py::arg("d_prefix"),
       py::arg("d_pixels"), py::call_guard<py::gil_scoped_release>());
 }
+
+void bind_rotary(py::class_<CpuKernels>& cpu) {
+  cpu.def(
+      "rotary",
+      [](const CpuKernels& kernels, Address q, Address k, Address q_out, Address k_out,
+         Strides q_strides, Strides k_strides, int64_t q_heads, int64_t k_heads, int dtype,
+         int64_t batches, int64_t tokens, int64_t head_dim, int64_t half, Address cos, Address sin,
+         int64_t table_length, Address position_ids, Address cu_seqlens, int64_t sequences,
+         float direction) {
+        kernels.rotary(
+            {batches, tokens, head_dim, half, table_length, at<float>(cos), at<float>(sin),
+             at<int32_t>(position_ids), at<int32_t>(cu_seqlens), sequences, direction},
+            static_cast<DType>(dtype), {at<void>(q), at<void>(q_out), q_strides, q_heads},
+            {at<void>(k), at<void>(k_out), k_strides, k_heads});
+      },
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("q_out"), py::arg("k_out"),
+      py::arg("q_strides"), py::arg("k_strides"), py::arg("q_heads"), py::arg("k_heads"),
+      py::arg("dtype"), py::arg("batches"), py::arg("tokens"), py::arg("head_dim"), py::arg("half"),
+      py::arg("cos"), py::arg("sin"), py::arg("table_length"), py::arg("position_ids"),
+      py::arg("cu_seqlens"), py::arg("sequences"), py::arg("direction"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+AttentionProblem make_attention_problem(int64_t sequences, int64_t heads, int64_t kv_heads,
+                                        int64_t head_dim, int64_t tokens_q, int64_t tokens_k,
+                                        Address cu_q, Address cu_k, Address cos, Address sin,
+                                        int64_t half, int64_t table_length, Address position_ids,
+                                        int64_t window_left, int64_t window_right, float scale) {
+  return {sequences,
+          heads,
+          kv_heads,
+          head_dim,
+          tokens_q,
+          tokens_k,
+          at<int32_t>(cu_q),
+          at<int32_t>(cu_k),
+          at<float>(cos),
+          at<float>(sin),
+          half,
+          table_length,
+          at<int32_t>(position_ids),
+          window_left,
+          window_right,
+          scale};
+}
+
+void bind_attention(py::module_& m, py::class_<CpuKernels>& cpu) {
+  py::class_<AttentionProblem>(m, "AttentionProblem")
+      .def(py::init(&make_attention_problem), py::kw_only(), py::arg("sequences"), py::arg("heads"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("tokens_q"), py::arg("tokens_k"),
+           py::arg("cu_q"), py::arg("cu_k"), py::arg("cos"), py::arg("sin"), py::arg("half"),
+           py::arg("table_length"), py::arg("position_ids"), py::arg("window_left"),
+           py::arg("window_right"), py::arg("scale"));
+  cpu.def(
+      "attention_fwd",
+      [](const CpuKernels& kernels, const AttentionProblem& problem, int dtype, Address q,
+         Address k, Address v, Strides q_strides, Strides k_strides, Strides v_strides,
+         Strides out_strides, Address sinks, Address out, Address lse) {
+        kernels.attention_fwd(
+            problem, static_cast<DType>(dtype),
+            {at<void>(q), at<void>(k), at<void>(v), q_strides, k_strides, v_strides, out_strides,
+             at<float>(sinks), at<void>(out), at<float>(lse)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"),
+      py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
+      py::arg("sinks"), py::arg("out"), py::arg("lse"), py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "attention_bwd",
+      [](const CpuKernels& kernels, const AttentionProblem& problem, int dtype, Address d_out,
+         Address q, Address k, Address v, Address out, Strides d_out_strides, Strides q_strides,
+         Strides k_strides, Strides v_strides, Strides out_strides, Address d_lse, Address lse,
+         Address sinks, Address d_q, Address d_k, Address d_v, Address d_sinks) {
+        kernels.attention_bwd(
+            problem, static_cast<DType>(dtype),
+            {at<void>(d_out), at<void>(q), at<void>(k), at<void>(v), at<void>(out), d_out_strides,
+             q_strides, k_strides, v_strides, out_strides, at<float>(d_lse), at<float>(lse),
+             at<float>(sinks), at<void>(d_q), at<void>(d_k), at<void>(d_v), at<float>(d_sinks)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("dtype"), py::arg("d_out"), py::arg("q"),
+      py::arg("k"), py::arg("v"), py::arg("out"), py::arg("d_out_strides"), py::arg("q_strides"),
+      py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("d_lse"),
+      py::arg("lse"), py::arg("sinks"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"),
+      py::arg("d_sinks"), py::call_guard<py::gil_scoped_release>());
+}
 }  // namespace
 
 PYBIND11_MODULE(_c, m) {
@@ -115,7 +200,12 @@ PYBIND11_MODULE(_c, m) {
   cpu.def("widen", [](const CpuKernels& k, Address in, Address out, int64_t n, int dtype) {
     k.widen(at<const void>(in), at<float>(out), n, static_cast<DType>(dtype));
   });
+  cpu.def("exp2", [](const CpuKernels& k, Address in, Address out, int64_t n) {
+    k.exp2(at<const float>(in), at<float>(out), n);
+  });
   bind_patch_embed(m, cpu);
+  bind_rotary(cpu);
+  bind_attention(m, cpu);
   m.def(
       "open_cpu",
       [](const std::string& path) { return open_library<CpuKernels>(path, "medgpt_cpu_kernels"); },

@@ -45,6 +45,24 @@ inline void gemm_micro_kernel(int64_t depth, const float* __restrict a, const fl
   }
 }
 
+// The same at any tile size, each step of k moving a by lda and b by ldb floats.
+template <int MR, int NV>
+inline void micro_kernel(int64_t depth, const float* __restrict a, int64_t lda,
+                         const float* __restrict b, int64_t ldb, vf (&acc)[MR][NV]) {
+  for (int64_t k = 0; k < depth; k++) {
+    vf bv[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n++) bv[n] = load(b + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; n++) acc[m][n] += a[m] * bv[n];
+    }
+    a += lda;
+    b += ldb;
+  }
+}
+
 // What a panel holds at one step of k: a float, or on CPUs with bf16 dot products two bf16 that
 // follow each other along k (the first in the low half), which multiply twice as fast. Only inputs
 // that are bf16 anyway are packed so; the sums are fp32 either way.

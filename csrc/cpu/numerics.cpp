@@ -1,6 +1,7 @@
-// Conversions exposed for the tests that hold every instruction set to the same rounding.
+// Conversions and exp2, exposed for the tests that hold every instruction set to its bounds.
 #include "kernels.h"
 #include "simd.h"
+#include "vmath.h"
 
 void narrow(const float* in, void* out, int64_t n, DType dtype) {
   for (int64_t i = 0; i < n; i++) {
@@ -15,4 +16,8 @@ void widen(const void* in, float* out, int64_t n, DType dtype) {
   for (int64_t i = 0; i < n; i++)
     out[i] = dtype == DType::kBF16 ? to_float(static_cast<const bf16*>(in)[i])
                                    : to_float(static_cast<const f16*>(in)[i]);
+}
+
+void exp2_all(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) store(out + i, exp2_small(load(in + i)));
 }
