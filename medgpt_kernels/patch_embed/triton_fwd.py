@@ -37,7 +37,7 @@ CONFIGS = {
         "BLOCK_T": 64,
         "BLOCK_D": 64,
         "BLOCK_K": 32,
-        "INPUT_PRECISION": "tf32x3",
+        "INPUT_PRECISION": "ieee",
         "num_warps": 4,
         "num_stages": 2,
     },
