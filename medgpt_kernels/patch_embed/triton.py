@@ -10,7 +10,8 @@ from medgpt_kernels.patch_embed.triton_fwd import patch_embed_fwd
 
 __all__ = ["aot_kernels", "patch_embed_bwd", "patch_embed_fwd"]
 
-# weight dtype, pixel dtype, weight layout, patch size, interpolation; the first two are the models
+# weight dtype, pixel dtype, weight layout, patch size, interpolation, images of 64 patches (2**17 pass
+# 32-bit offsets); the first two are the models
 # that this op was made for, SigLIP 2 and CLIP
 AOT_VARIANTS = (
     (torch.bfloat16, torch.uint8, "linear", 16, "bilinear_antialias"),
@@ -20,13 +21,19 @@ AOT_VARIANTS = (
     (torch.bfloat16, torch.bfloat16, "conv", 14, "bilinear_align_corners"),
     (torch.bfloat16, torch.float32, "linear", 16, "bilinear_antialias"),
     (torch.float32, torch.float32, "conv", 14, "bicubic"),
+    (torch.bfloat16, torch.uint8, "conv", 14, "bicubic", 2**17),
+    (torch.bfloat16, torch.bfloat16, "linear", 14, "bicubic", 2**17),
+    (torch.float32, torch.float32, "conv", 14, "bicubic", 2**17),
 )
 
 
 def aot_kernels() -> Iterator[aot.AotKernel]:
     """Every kernel of this op as its launchers would launch it."""
-    for i, (dtype, pixel_dtype, layout, patch_size, interpolation) in enumerate(AOT_VARIANTS):
-        width, side, rows, images, area = 1152, 16, 1, 16, 64 * patch_size**2
+    for i, (dtype, pixel_dtype, layout, patch_size, interpolation, *more) in enumerate(
+        AOT_VARIANTS
+    ):
+        images = more[0] if more else 16
+        width, side, rows, area = 1152, 16, 1, 64 * patch_size**2
         depth = 3 * patch_size**2
         shape = (width, 3, patch_size, patch_size) if layout == "conv" else (width, depth)
         is_float = pixel_dtype.is_floating_point
@@ -47,7 +54,7 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
 
         names = [str(d).split(".")[1] for d in (dtype, pixel_dtype)]
         yield from aot.record(
-            "-".join([*names, layout, f"p{patch_size}", interpolation]),
+            "-".join([*names, layout, f"p{patch_size}", interpolation, *["large"] * len(more)]),
             call,
             products={
                 "_patch_embed_fwd_kernel": "ieee" if dtype == torch.float32 else "half",

@@ -19,6 +19,7 @@ from medgpt_kernels.patch_embed.triton_fwd import (
     _place,
     _weight_columns,
     check_supported,
+    index_dtype,
     make_layout,
     make_taps,
     normalisation,
@@ -38,7 +39,7 @@ WEIGHT_CONFIGS = {
         "num_stages": 2,
     },
     32: {
-        "BLOCK_T": 32,
+        "BLOCK_T": 16,
         "BLOCK_D": 64,
         "BLOCK_K": 64,
         "INPUT_PRECISION": "ieee",
@@ -57,7 +58,7 @@ PIXEL_CONFIGS = {
     },
     32: {
         "BLOCK_T": 64,
-        "BLOCK_D": 32,
+        "BLOCK_D": 16,
         "BLOCK_K": 64,
         "INPUT_PRECISION": "ieee",
         "num_warps": 4,
@@ -120,6 +121,7 @@ def _patch_embed_bwd_weight_kernel(
     BYTES: tl.constexpr,
     DENSE: tl.constexpr,
     DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -131,7 +133,7 @@ def _patch_embed_bwd_weight_kernel(
     k = tl.program_id(0) % TILES_K * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(0) // TILES_K % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(0) // TILES_K // tiles_d
-    columns = DTokens + d.to(tl.int64) * stride_d_tokens_d  # [D]
+    columns = DTokens + d.to(INDEX) * stride_d_tokens_d  # [D]
 
     acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     begin = split * split_patches
@@ -141,13 +143,20 @@ def _patch_embed_bwd_weight_kernel(
         inside = t < end
         image = tl.load(Images + t, mask=inside, other=0)
         _, _, _, _, origin, row, channel = _place(
-            tl.minimum(t, num_patches - 1), image, CuSeqlens, GridSizes, prefix_rows, P, BYTES
+            tl.minimum(t, num_patches - 1),
+            image,
+            CuSeqlens,
+            GridSizes,
+            prefix_rows,
+            P,
+            BYTES,
+            INDEX,
         )
         patches = _load_patches(
             Pixels, k, origin, row, channel, inside,
             offset_0, offset_1, offset_2, scale_0, scale_1, scale_2, P, BYTES,
         )  # fmt: skip
-        token = (t + (image + 1) * prefix_rows).to(tl.int64)
+        token = (t + (image + 1) * prefix_rows).to(INDEX)
         d_tokens = tl.load(
             columns[None, :] + token[:, None] * stride_d_tokens_t,
             mask=inside[:, None] & (d < width)[None, :],
@@ -157,7 +166,7 @@ def _patch_embed_bwd_weight_kernel(
             tl.trans(d_tokens).to(DTYPE), patches.to(DTYPE), acc, input_precision=INPUT_PRECISION
         )
     column = _weight_columns(k, stride_weight_c, stride_weight_y, stride_weight_x, P, BYTES, DENSE)
-    row_out = split.to(tl.int64) * width + d
+    row_out = split.to(INDEX) * width + d
     tl.store(
         Partial + row_out[:, None] * stride_weight_d + column[None, :],
         acc,
@@ -176,6 +185,7 @@ def _patch_embed_bwd_bias_kernel(
     split_patches,
     prefix_rows,
     width,
+    INDEX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -187,13 +197,13 @@ def _patch_embed_bwd_bias_kernel(
     for t0 in range(begin, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         image = tl.load(Images + t, mask=t < end, other=0)
-        token = (t + (image + 1) * prefix_rows).to(tl.int64)
+        token = (t + (image + 1) * prefix_rows).to(INDEX)
         acc += tl.load(
             DTokens + token[:, None] * stride_d_tokens_t + d[None, :] * stride_d_tokens_d,
             mask=(t < end)[:, None] & (d < width)[None, :],
             other=0,
         ).to(tl.float32)
-    tl.store(Partial + split.to(tl.int64) * width + d, tl.sum(acc, 0), mask=d < width)
+    tl.store(Partial + split.to(INDEX) * width + d, tl.sum(acc, 0), mask=d < width)
 
 
 @triton.jit(do_not_specialize=["num_images"])
@@ -205,6 +215,7 @@ def _patch_embed_bwd_prefix_kernel(
     stride_d_tokens_d,
     num_images,
     width,
+    INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -213,14 +224,14 @@ def _patch_embed_bwd_prefix_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for n0 in range(0, num_images, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        token = tl.load(CuSeqlens + n, mask=n < num_images, other=0).to(tl.int64) + r
+        token = tl.load(CuSeqlens + n, mask=n < num_images, other=0).to(INDEX) + r
         acc += tl.load(
             DTokens + token[:, None] * stride_d_tokens_t + d[None, :] * stride_d_tokens_d,
             mask=(n < num_images)[:, None] & (d < width)[None, :],
             other=0,
         ).to(tl.float32)
     out = tl.sum(acc, 0).to(DPrefix.dtype.element_ty)
-    tl.store(DPrefix + r.to(tl.int64) * width + d, out, mask=d < width)
+    tl.store(DPrefix + r.to(INDEX) * width + d, out, mask=d < width)
 
 
 @triton.jit(do_not_specialize=["num_images", "split_images", "prefix_rows", "table_side"])
@@ -238,6 +249,7 @@ def _patch_embed_bwd_position_kernel(
     table_side,
     width,
     MODE: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -248,7 +260,7 @@ def _patch_embed_bwd_position_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(2)
     gx = gx0 + tl.arange(0, BLOCK_G)
-    columns = DTokens + d.to(tl.int64) * stride_d_tokens_d  # [D]
+    columns = DTokens + d.to(INDEX) * stride_d_tokens_d  # [D]
 
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     begin = split * split_images
@@ -256,9 +268,9 @@ def _patch_embed_bwd_position_kernel(
         start = tl.load(CuSeqlens + image)
         height = tl.load(GridSizes + 2 * image)
         grid_w = tl.load(GridSizes + 2 * image + 1)
-        row_y = (start - image * (prefix_rows - 1)).to(tl.int64)  # of Taps
+        row_y = (start - image * (prefix_rows - 1)).to(INDEX)  # of Taps
         row_x = row_y + height
-        token = start.to(tl.int64) + prefix_rows
+        token = start.to(INDEX) + prefix_rows
         first_y, end_y = _output_span(gy, height, table_side, MODE)
         first_x, _ = _output_span(gx0, grid_w, table_side, MODE)
         _, end_x = _output_span(tl.minimum(gx0 + BLOCK_G, table_side) - 1, grid_w, table_side, MODE)
@@ -279,7 +291,7 @@ def _patch_embed_bwd_position_kernel(
                 other=0,
             )  # [G, X]
             acc = tl.dot(weight_x, blended, acc, input_precision="ieee")
-    cell = (split * table_side + gy).to(tl.int64) * table_side + gx
+    cell = (split * table_side + gy).to(INDEX) * table_side + gx
     tl.store(
         Partial + cell[:, None] * width + d[None, :],
         acc,
@@ -310,6 +322,7 @@ def _patch_embed_bwd_pixels_kernel(
     width,
     P: tl.constexpr,
     DENSE: tl.constexpr,
+    INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -323,13 +336,15 @@ def _patch_embed_bwd_pixels_kernel(
     inside = t < num_patches
     t = tl.minimum(t, num_patches - 1)
     image = _find_image(t, CuSeqlens, num_images, search_steps, prefix_rows)
-    _, _, _, _, origin, row, channel = _place(t, image, CuSeqlens, GridSizes, prefix_rows, P, False)
-    token = (t + (image + 1) * prefix_rows).to(tl.int64)
+    _, _, _, _, origin, row, channel = _place(
+        t, image, CuSeqlens, GridSizes, prefix_rows, P, False, INDEX
+    )
+    token = (t + (image + 1) * prefix_rows).to(INDEX)
     column = _weight_columns(k, stride_weight_c, stride_weight_y, stride_weight_x, P, False, DENSE)
 
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for d0 in range(0, width, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
+        d = (d0 + tl.arange(0, BLOCK_D)).to(INDEX)
         weight = tl.load(
             Weight + d[:, None] * stride_weight_d + column[None, :],
             mask=(d < width)[:, None] & (k < K)[None, :],
@@ -411,6 +426,7 @@ def _d_weight(d_tokens, pixels, weight, layout, images, rows, patch_size, weight
         BYTES=is_bytes,
         DENSE=runs_in_pixel_order(strides, patch_size, is_bytes),
         DTYPE=TL_DTYPES[weight.dtype],
+        INDEX=index_dtype(d_tokens, pixels, partial),
         **config,
     )
     return _sum_partials(
@@ -433,6 +449,7 @@ def _d_bias(d_tokens, bias, images, rows):
         split_patches=each,
         prefix_rows=rows,
         width=width,
+        INDEX=index_dtype(d_tokens),
         **SUM_CONFIG,
     )
     return _sum_partials(partial, torch.empty(width, dtype=bias.dtype, device=bias.device))
@@ -463,6 +480,7 @@ def _d_position(d_tokens, table, layout, patches, rows, interpolation):
         table_side=side,
         width=width,
         MODE=MODES[interpolation],
+        INDEX=index_dtype(d_tokens, taps, partial),
         BLOCK_G=block_g,
         **TABLE_CONFIG,
     )
@@ -482,6 +500,7 @@ def _d_prefix(d_tokens, prefix, cu_seqlens):
         stride_d_tokens_d=d_tokens.stride(1),
         num_images=cu_seqlens.shape[0] - 1,
         width=width,
+        INDEX=index_dtype(d_tokens),
         BLOCK_N=SUM_CONFIG["BLOCK_T"],
         BLOCK_D=SUM_CONFIG["BLOCK_D"],
         num_warps=SUM_CONFIG["num_warps"],
@@ -518,6 +537,7 @@ def _d_pixels(
         width=width,
         P=patch_size,
         DENSE=runs_in_pixel_order(strides, patch_size, False),
+        INDEX=index_dtype(d_tokens, pixels, weight),
         **config,
     )
     return out

@@ -21,6 +21,7 @@ MODES = {
     "bicubic": 2,
     "bicubic_antialias": 3,
 }
+INT32_ELEMENTS = 2**31
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # tiles by bits of the weight's dtype
@@ -36,7 +37,7 @@ CONFIGS = {
     32: {
         "BLOCK_T": 64,
         "BLOCK_D": 64,
-        "BLOCK_K": 32,
+        "BLOCK_K": 16,
         "INPUT_PRECISION": "ieee",
         "num_warps": 4,
         "num_stages": 2,
@@ -117,7 +118,10 @@ def _find_image(patch, CuSeqlens, num_images, search_steps, prefix_rows):
 
 
 @triton.jit
-def _place(patch, image, CuSeqlens, GridSizes, prefix_rows, P: tl.constexpr, BYTES: tl.constexpr):
+def _place(
+    patch, image, CuSeqlens, GridSizes, prefix_rows,
+    P: tl.constexpr, BYTES: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
     """Of patches: y, x, grid height and width; origin, row and channel stride in the pixels."""
     first = tl.load(CuSeqlens + image) - image * prefix_rows
     height = tl.load(GridSizes + 2 * image)
@@ -125,14 +129,14 @@ def _place(patch, image, CuSeqlens, GridSizes, prefix_rows, P: tl.constexpr, BYT
     local = patch - first
     y = local // width
     x = local - y * width
-    row = width.to(tl.int64) * P
+    row = width.to(INDEX) * P
     channel = row * height * P
     if BYTES:
         row *= 3
         x_stride: tl.constexpr = 3 * P
     else:
         x_stride: tl.constexpr = P
-    origin = first.to(tl.int64) * (3 * P * P) + y * row * P + x * x_stride
+    origin = first.to(INDEX) * (3 * P * P) + y * row * P + x * x_stride
     return y, x, height, width, origin, row, channel
 
 
@@ -187,14 +191,13 @@ def _weight_columns(
 
 
 @triton.jit
-def _interpolate(
-    PositionEmbedding, Taps, row_y, row_x, y, x, height, width, d, inside, table_side, table_width,
+def _add_position(
+    acc, PositionEmbedding, Taps, row_y, row_x, y, x, height, width, d, inside, table_side, table_width,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """The position rows [T, D] of patches, fp32."""
+    """acc [T, D] + the interpolated position rows of patches, fp32."""
     first_y, count_y = _cell_span(y, height, table_side, MODE)
     first_x, count_x = _cell_span(x, width, table_side, MODE)
-    out = tl.zeros([y.shape[0], d.shape[0]], tl.float32)
     for i in range(tl.max(count_y, 0)):
         gy = first_y + i
         weight_y = tl.load(Taps + row_y + gy, mask=inside & (gy < table_side), other=0)
@@ -207,8 +210,8 @@ def _interpolate(
                 mask=(weight != 0)[:, None] & (d < table_width)[None, :],
                 other=0,
             )
-            out += weight[:, None] * value.to(tl.float32)
-    return out
+            acc += weight[:, None] * value.to(tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_images", "prefix_rows"])
@@ -303,6 +306,7 @@ def _patch_embed_fwd_kernel(
     BYTES: tl.constexpr,
     DENSE: tl.constexpr,
     MODE: tl.constexpr,
+    INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -318,9 +322,9 @@ def _patch_embed_fwd_kernel(
     t = tl.minimum(t, num_patches - 1)
     image = _find_image(t, CuSeqlens, num_images, search_steps, prefix_rows)
     y, x, grid_h, grid_w, origin, row, channel = _place(
-        t, image, CuSeqlens, GridSizes, prefix_rows, P, BYTES
+        t, image, CuSeqlens, GridSizes, prefix_rows, P, BYTES, INDEX
     )
-    weight_rows = Weight + d.to(tl.int64) * stride_weight_d  # [D]
+    weight_rows = Weight + d.to(INDEX) * stride_weight_d  # [D]
 
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -342,13 +346,13 @@ def _patch_embed_fwd_kernel(
     if Bias is not None:
         acc += tl.load(Bias + d, mask=d < width, other=0).to(tl.float32)[None, :]
     if PositionEmbedding is not None:
-        row_y = (t - y * grid_w - x + image + y).to(tl.int64) * table_side
+        row_y = (t - y * grid_w - x + image + y).to(INDEX) * table_side
         row_x = row_y + (grid_h - y + x) * table_side
-        acc += _interpolate(
-            PositionEmbedding, Taps, row_y, row_x, y, x, grid_h, grid_w, d, inside,
+        acc = _add_position(
+            acc, PositionEmbedding, Taps, row_y, row_x, y, x, grid_h, grid_w, d, inside,
             table_side, width, MODE,
         )  # fmt: skip
-    out_row = (t + (image + 1) * prefix_rows).to(tl.int64)
+    out_row = (t + (image + 1) * prefix_rows).to(INDEX)
     tl.store(
         Tokens + out_row[:, None] * width + d[None, :],
         acc.to(Tokens.dtype.element_ty),
@@ -390,6 +394,16 @@ def weight_strides(weight: torch.Tensor, patch_size: int, weight_layout: str) ->
 def runs_in_pixel_order(strides: dict[str, int], patch_size: int, is_bytes: bool) -> bool:
     order = (1, 3 * patch_size, 3) if is_bytes else (patch_size * patch_size, patch_size, 1)
     return (strides["c"], strides["y"], strides["x"]) == order
+
+
+def index_dtype(*tensors: torch.Tensor | None):
+    """The dtype that offsets into these tensors need: half the registers where 32 bits do."""
+    last = max(
+        sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        for t in tensors
+        if t is not None
+    )
+    return tl.int64 if last >= INT32_ELEMENTS else tl.int32
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -498,6 +512,7 @@ def patch_embed_fwd(
             BYTES=is_bytes,
             DENSE=runs_in_pixel_order(strides, patch_size, is_bytes),
             MODE=MODES[interpolation],
+            INDEX=index_dtype(pixels, weight, tokens, taps, position_embedding),
             **config,
         )
     return tokens, cu_seqlens, grid_sizes, coords
