@@ -1,8 +1,8 @@
 """The ahead-of-time gate: every Triton kernel compiled for every card, with no GPU at hand.
 
-An op joins by a function `aot_kernels()` in its triton module, which yields what `record` gives: the
-op's own launchers run on meta tensors, and each launch they would make is kept with its arguments
-and its configuration. Compilation happens in worker processes.
+An op joins by a function `aot_kernels()` in its triton module, which yields what `record` gives:
+the op's own launchers run on meta tensors, and each launch they would make is kept with its
+arguments and configuration. Worker processes compile.
 """
 
 import argparse

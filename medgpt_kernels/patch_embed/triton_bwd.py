@@ -31,7 +31,7 @@ from medgpt_kernels.registry import Unsupported
 # tiles by bits of the weight's dtype
 WEIGHT_CONFIGS = {
     16: {
-        "BLOCK_T": 64,
+        "BLOCK_T": 32,
         "BLOCK_D": 128,
         "BLOCK_K": 128,
         "INPUT_PRECISION": "ieee",
@@ -43,7 +43,7 @@ WEIGHT_CONFIGS = {
         "BLOCK_D": 64,
         "BLOCK_K": 64,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 2,
     },
 }
@@ -51,22 +51,22 @@ PIXEL_CONFIGS = {
     16: {
         "BLOCK_T": 128,
         "BLOCK_D": 64,
-        "BLOCK_K": 64,
+        "BLOCK_K": 128,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 3,
     },
     32: {
         "BLOCK_T": 64,
         "BLOCK_D": 16,
-        "BLOCK_K": 64,
+        "BLOCK_K": 128,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 2,
     },
 }
 # the position gradient is fp32 throughout
-TABLE_CONFIG = {"BLOCK_X": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+TABLE_CONFIG = {"BLOCK_X": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 SUM_CONFIG = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 REDUCE_BLOCK = 1024
 PROGRAMS = 512  # about how many a launch is split into

@@ -29,18 +29,18 @@ CONFIGS = {
     16: {
         "BLOCK_T": 128,
         "BLOCK_D": 128,
-        "BLOCK_K": 64,
+        "BLOCK_K": 32,
         "INPUT_PRECISION": "ieee",
         "num_warps": 8,
         "num_stages": 3,
     },
     32: {
         "BLOCK_T": 64,
-        "BLOCK_D": 64,
+        "BLOCK_D": 128,
         "BLOCK_K": 16,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 8,
+        "num_stages": 1,
     },
 }
 
@@ -192,8 +192,8 @@ def _weight_columns(
 
 @triton.jit
 def _add_position(
-    acc, PositionEmbedding, Taps, row_y, row_x, y, x, height, width, d, inside, table_side, table_width,
-    MODE: tl.constexpr,
+    acc, PositionEmbedding, Taps, row_y, row_x, y, x, height, width, d, inside,
+    table_side, table_width, MODE: tl.constexpr,
 ):  # fmt: skip
     """acc [T, D] + the interpolated position rows of patches, fp32."""
     first_y, count_y = _cell_span(y, height, table_side, MODE)
