@@ -1,4 +1,4 @@
-"""Build the native extensions with CMake and Ninja; without a compiler the package still installs."""
+"""Build the native code with CMake and Ninja; without a compiler the package still installs."""
 
 import os
 import shutil
@@ -86,7 +86,7 @@ class CMakeBuild(build_ext):
         return (build / "summary.txt").read_text().strip()
 
     def _call(self, command: list[str], build: Path):
-        """Run one step; a build environment of pip's moves, so a stale cache is thrown away once."""
+        """Run one step; pip moves its build environment, so a stale cache is thrown away."""
         log = build / "build.log"
         for attempt in range(2):
             with log.open("a") as stream:

@@ -1,4 +1,4 @@
-"""The compiled modules: which instruction set and which CUDA build this machine can run, and why."""
+"""The compiled modules: what this machine can run of them, and why not the rest."""
 
 import functools
 import importlib

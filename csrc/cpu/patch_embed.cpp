@@ -394,14 +394,13 @@ void backward_weight(const Problem& p, const Layout& layout, const T* d_tokens, 
       }
       for (int64_t mp = from; mp < to; mp++) {
         int64_t d0 = mp * kMR, live = std::min<int64_t>(kMR, p.width - d0);
-        float partial[kMR] = {};
+        double* total = bias_sum.data() + (mp - from) * kMR;
         for (int64_t t = 0; t < count; t++)
           for (int64_t m = 0; m < kMR; m++) {
             float value = m < live ? to_float(rows[t][d0 + m]) : 0.0f;
             a[t * kMR + m] = value;
-            partial[m] += value;
+            total[m] += value;
           }
-        for (int64_t m = 0; m < kMR; m++) bias_sum[(mp - from) * kMR + m] += partial[m];
         for (int64_t n = 0; n < b_panels; n++) {
           vf acc[kMR][kNV];
           float* c = acc_all.get() + d0 * padded + n * kNR;
