@@ -77,7 +77,9 @@ def _poly_exp2(x, MASKED: tl.constexpr):
     y = 1.0 + f * y
     bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
     y = bits.to(tl.float32, bitcast=True)
-    return tl.where(x < -126.0, 0.0, y) if MASKED else y
+    if MASKED:
+        y = tl.where(x < -126.0, 0.0, y)
+    return y
 
 
 @triton.jit
@@ -100,17 +102,22 @@ def _exp2(x, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr):
         a, b = _halves(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]))
         c, d = _halves(b)
         b = _unhalves(tl.exp2(c), _poly_exp2(d, MASKED))
-        return tl.reshape(_unhalves(tl.exp2(a), b), x.shape)
-    return tl.exp2(x)
+        y = tl.reshape(_unhalves(tl.exp2(a), b), x.shape)
+    else:
+        y = tl.exp2(x)
+    return y
 
 
 @triton.jit
 def _sequence(n, CuSeqlens, tokens):
     """Where sequence n starts among the tokens of its batch entry, and its length."""
     if CuSeqlens is None:
-        return n * 0, tokens
-    start = tl.load(CuSeqlens + n)
-    return start, tl.load(CuSeqlens + n + 1) - start
+        start = n * 0
+        length = tokens
+    else:
+        start = tl.load(CuSeqlens + n)
+        length = tl.load(CuSeqlens + n + 1) - start
+    return start, length
 
 
 @triton.jit
@@ -154,13 +161,15 @@ def _load_tile(
     """Columns OFFSET ... OFFSET + BLOCK of rows [M], zeros outside; MASKED: of the rows as well."""
     d = OFFSET + tl.arange(0, BLOCK)
     where = x_rows[:, None] + d[None, :]
-    if OFFSET + BLOCK > HEAD_DIM:
-        if MASKED:
-            return tl.load(where, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0)
-        return tl.load(where, mask=(d < HEAD_DIM)[None, :], other=0)
-    if MASKED:
-        return tl.load(where, mask=inside[:, None], other=0)
-    return tl.load(where)
+    if MASKED and OFFSET + BLOCK > HEAD_DIM:
+        x = tl.load(where, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0)
+    elif MASKED:
+        x = tl.load(where, mask=inside[:, None], other=0)
+    elif OFFSET + BLOCK > HEAD_DIM:
+        x = tl.load(where, mask=(d < HEAD_DIM)[None, :], other=0)
+    else:
+        x = tl.load(where)
+    return x
 
 
 @triton.jit
@@ -169,8 +178,10 @@ def _load_rest(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     if BLOCK_REST > 0:
-        return _load_tile(x_rows, inside, BLOCK_D, BLOCK_REST, HEAD_DIM, MASKED)
-    return inside
+        x = _load_tile(x_rows, inside, BLOCK_D, BLOCK_REST, HEAD_DIM, MASKED)
+    else:
+        x = inside
+    return x
 
 
 @triton.jit
@@ -239,10 +250,10 @@ def _load_rotated(
 @triton.jit
 def _positions(PositionIds, n, stride_position_b, start_k, index, inside):
     """Rotary position of the keys at `index` of sequence n: given, or the index itself."""
-    if PositionIds is None:
-        return index
-    where = PositionIds + n.to(tl.int64) * stride_position_b + start_k
-    return tl.load(where + index, mask=inside & (index >= 0), other=-1)
+    if PositionIds is not None:
+        where = PositionIds + n.to(tl.int64) * stride_position_b + start_k + index
+        index = tl.load(where, mask=inside & (index >= 0), other=-1)
+    return index
 
 
 @triton.jit

@@ -21,8 +21,8 @@ def _token_positions(
     """Position of each token t of batch entry b; the sequence is the last that starts by t."""
     if PositionIds is not None:
         where = PositionIds + b.to(tl.int64) * stride_position_b
-        return tl.load(where + t.to(tl.int64) * stride_position_t, mask=inside, other=0)
-    if CuSeqlens is not None:
+        position = tl.load(where + t.to(tl.int64) * stride_position_t, mask=inside, other=0)
+    elif CuSeqlens is not None:
         low = t * 0
         high = low + num_sequences
         for _ in range(search_steps):
@@ -30,8 +30,10 @@ def _token_positions(
             past = tl.load(CuSeqlens + middle) > t
             high = tl.where(past, middle, high)
             low = tl.where(past, low, middle)
-        return t - tl.load(CuSeqlens + low)
-    return t
+        position = t - tl.load(CuSeqlens + low)
+    else:
+        position = t
+    return position
 
 
 @triton.jit
