@@ -59,7 +59,7 @@ def report() -> int:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in registry.operators.values():
         for device in devices:
-            name, _, reasons = registry.select(operator, device)
+            name, reasons = registry.select(operator, device)
             why = f"   not {'; not '.join(reasons)}" if reasons else ""
             print(f"  {operator.name:20} {device:5} {name}{why}")
     return 0

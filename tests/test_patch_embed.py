@@ -46,7 +46,9 @@ def make_parameters(width=40, patch_size=16, layout="linear", grid=4, rows=2, dt
     return [None if t is None else t.to(dtype) for t in (weight, bias, table, prefix)]
 
 
-def call(images, parameters, *, layout="linear", mode="bilinear_antialias", patch_size=16):
+def call(
+    images, parameters, *, layout="linear", mode="bilinear_antialias", patch_size=16, mean=MEAN
+):
     weight, bias, table, prefix = parameters
     return mk.patch_embed(
         images,
@@ -54,7 +56,7 @@ def call(images, parameters, *, layout="linear", mode="bilinear_antialias", patc
         bias,
         patch_size=patch_size,
         weight_layout=layout,
-        mean=MEAN,
+        mean=mean,
         std=STD,
         position_embedding=table,
         interpolation=mode,
@@ -170,7 +172,6 @@ def test_fp32_table_with_16_bit_weight(backend):
 
 
 def test_reference_gradcheck():
-    images = make_images([(4, 8), (8, 4)], 16, kind="float")
     images = mk.pack_images([torch.rand(3, 4, 6).double(), torch.rand(3, 2, 4).double()])
     for layout, mode in itertools.product(op.WEIGHT_LAYOUTS, op.INTERPOLATIONS):
         parameters = leaves(make_parameters(3, 2, layout, grid=3, rows=1), torch.float64)
@@ -392,7 +393,7 @@ def test_every_isa_rounds_alike(dtype):
         assert torch.equal(narrow[keep].view(torch.int16), expected[keep].view(torch.int16))
 
 
-@backends
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_autocast_casts_the_weights(backend):
     weight, bias, table, prefix = make_parameters()
     images = make_images()
@@ -445,7 +446,7 @@ def test_strided_weight(backend):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["mean", "bias", "layout", "transposed_table", "interpolation", "next_patch"]
+    "wrong", ["weight", "mean", "bias", "layout", "transposed_table", "interpolation", "next_patch"]
 )
 def test_the_rule_notices(wrong):
     images, parameters = make_images(), make_parameters(layout="conv", rows=0)
@@ -456,8 +457,11 @@ def test_the_rule_notices(wrong):
         call(images, parameters, layout="conv", mode="bicubic").tokens, eager, truth
     )
     mode, layout = "bicubic", "conv"
-    if wrong == "mean":
+    mean = MEAN
+    if wrong == "weight":
         weight = weight + 1e-4
+    elif wrong == "mean":
+        mean = [m + 1 / 255 for m in MEAN]
     elif wrong == "bias":
         bias = None
     elif wrong == "layout":
@@ -466,7 +470,8 @@ def test_the_rule_notices(wrong):
         table = table.transpose(0, 1).contiguous()
     elif wrong == "interpolation":
         mode = "bicubic_antialias"
-    tokens = call(images, [weight, bias, table, None], layout=layout, mode=mode).tokens
+    parameters = [weight, bias, table, None]
+    tokens = call(images, parameters, layout=layout, mode=mode, mean=mean).tokens
     if wrong == "next_patch":
         tokens = tokens.roll(1, 0)
     with pytest.raises(testing.ToleranceError):
@@ -535,7 +540,10 @@ def bad(**changes):
         ({"position_embedding": torch.zeros(16, 40)}, r"\[G, G, 40\], got \[16, 40\]"),
         ({"position_embedding": torch.zeros(4, 4, 40).half()}, "position_embedding of"),
         ({"prefix": torch.zeros(40)}, r"prefix \[R, 40\]"),
-        ({"mean": [0.5]}, "mean of 3 floats"),
+        ({"mean": [0.5]}, "mean of 3 finite floats"),
+        ({"mean": [float("nan")] * 3}, "mean of 3 finite floats"),
+        ({"patch_size": 16.0}, "a whole patch_size"),
+        ({"images": make_images()._replace(pixels=torch.zeros(9))}, "pixels .* for these sizes"),
         ({"std": [0.5, 0.5, 0.0]}, "std above 0"),
     ],
 )  # fmt: skip
@@ -608,3 +616,51 @@ def test_compiled_call_refuses_sizes_that_do_not_fit():
     step(make_images([(32, 48), (16, 16)]))
     with pytest.raises((RuntimeError, ValueError), match="multiples of patch_size"):
         step(make_images([(32, 40), (16, 16)]))
+
+
+def test_operator_refuses_sizes_that_leave_the_buffer():
+    """The operator itself, past the public checks: what a compiled graph on the CPU would call."""
+    images, weight = make_images([(16, 16), (16, 16)]), make_parameters()[0]
+    for sizes in ([[15, 16], [16, 32]], [[-16, -16], [16, 16]], [[31, 31], [16, 16]]):
+        with pytest.raises(ValueError, match="multiples of patch_size 16, image 0"):
+            torch.ops.medgpt_kernels.patch_embed_fwd(
+                images.pixels, torch.tensor(sizes, dtype=torch.int32), weight, None, None, None,
+                16, "linear", "bicubic", MEAN, STD,
+            )  # fmt: skip
+
+
+@backends
+def test_infinite_table_cells_stay_where_they_are(backend):
+    weight, bias, table, _ = make_parameters(grid=4, rows=0)
+    table[0, 0] = float("inf")
+    for name in (backend, "reference"):
+        with mk.backend(name):
+            tokens = call(make_images([(64, 64)]), [weight, bias, table, None]).tokens
+        assert not tokens[0].isfinite().any()
+        assert tokens[1:].isfinite().all()
+
+
+def test_strided_parameters_on_the_reference():
+    weight, bias, table, prefix = make_parameters(width=24)
+    strided = [weight.T.contiguous().T, bias, table.transpose(0, 1).contiguous().transpose(0, 1)]
+    images = make_images([(32, 16), (16, 16)])
+    arguments = (images.pixels, images.sizes, *strided, prefix, 16, "linear", "bicubic", MEAN, STD)
+    with mk.backend("reference"):
+        torch.library.opcheck(
+            torch.ops.medgpt_kernels.patch_embed_bwd.default,
+            (torch.randn(7, 24), *arguments, [True, True, True, True, False]),
+        )
+
+
+def test_one_and_two_threads_agree_bitwise():
+    before = torch.get_num_threads()
+    images, parameters = make_images(), make_parameters()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(run("cpu", images, parameters, torch.ones(24, 40)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0].tokens, found[1][0].tokens)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
