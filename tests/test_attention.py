@@ -140,7 +140,7 @@ def test_queries_that_see_nothing(backend):
     actual = check(backend, *(make(9, 4, draw=n) for n in range(6)))
     assert (actual["out"][:5] == 0).all()
     sinks = make(9, 4)[3]
-    assert torch.equal(actual["lse"][:, :5], sinks[:, None].expand(-1, 5))
+    torch.testing.assert_close(actual["lse"][:, :5], sinks[:, None].expand(-1, 5))
     q, k, v, _ = make(9, 4)
     without = outputs(backend, [q, k, v, None], with_lse_gradient=False)
     assert (without["lse"][:, :5] == float("-inf")).all()
