@@ -30,11 +30,94 @@ from medgpt_kernels.attention.triton_fwd import (
 )
 from medgpt_kernels.rotary.triton import index_dtype, rotate, rows, strides
 
+# as CONFIGS of the forward pass
 KV_CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
+    "sm_80": {
+        (16, 64, False): Tile(32, 128, 8, 2),
+        (16, 128, False): Tile(64, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_86": {
+        (16, 64, False): Tile(32, 128, 8, 2),
+        (16, 128, False): Tile(32, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(64, 128, 8, 2),
+        (16, 128, False): Tile(64, 128, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(64, 128, 8, 2),
+        (16, 128, False): Tile(64, 128, 8, 1),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(32, 128, 4, 1),
+        (16, 128, False): Tile(32, 64, 4, 1),
+        (16, 256, False): Tile(32, 32, 4, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
 }
 Q_CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
+    "sm_80": {
+        (16, 64, False): Tile(64, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_86": {
+        (16, 64, False): Tile(64, 64, 4, 2),
+        (16, 128, False): Tile(64, 32, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(128, 128, 8, 2),
+        (16, 64, True): Tile(128, 64, 8, 2),
+        (16, 128, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(128, 128, 8, 2),
+        (16, 64, True): Tile(128, 64, 8, 2),
+        (16, 128, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(128, 32, 4, 1),
+        (16, 128, False): Tile(64, 32, 4, 1),
+        (16, 256, False): Tile(32, 32, 4, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
 }
 ROWS_CONFIG = {"BLOCK_M": 32, "num_warps": 4}
 SINKS_CONFIG = {"BLOCK_T": 16, "num_warps": 4}

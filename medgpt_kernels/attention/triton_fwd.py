@@ -6,7 +6,9 @@ query heads of one key head at M / P queries: row r is query r // P of head g P 
 between powers of two is two tiles, D = 72 being 64 + 16.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,17 +43,61 @@ class Tile(NamedTuple):
         }
 
 
-# by card family, then (bits of the dtype, head_dim up to, narrow window)
+# by card family, then (bits of the dtype, head_dim up to, whether a narrow window has its own)
 CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
     "sm_80": {
         (16, 64, False): Tile(128, 64, 4, 3),
         (16, 128, False): Tile(128, 64, 8, 3),
         (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(64, 32, 8, 2),
-        (32, 128, False): Tile(32, 32, 8, 2),
-        (32, 256, False): Tile(16, 16, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
     },
+    "sm_86": {
+        (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 4, 2),
+        (16, 256, False): Tile(64, 32, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(128, 128, 8, 3),
+        (16, 64, True): Tile(128, 64, 4, 3),
+        (16, 128, False): Tile(128, 128, 8, 2),
+        (16, 128, True): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(128, 64, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(128, 128, 8, 3),
+        (16, 64, True): Tile(128, 64, 8, 3),
+        (16, 128, False): Tile(128, 128, 8, 2),
+        (16, 128, True): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(128, 64, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 4, 1),
+        (16, 256, False): Tile(64, 32, 4, 1),
+        (32, 64, False): Tile(64, 32, 4, 1),
+        (32, 128, False): Tile(32, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+}
+# the cards of each family that the gate compiles for
+FAMILIES = {
+    "sm_80": ("sm_80",),
+    "sm_86": ("sm_86", "sm_89", "sm_120"),  # 99 KB of shared memory
+    "sm_90": ("sm_90",),
+    "sm_100": ("sm_100",),
+    "gfx942": ("gfx942",),
 }
 
 
@@ -447,13 +493,23 @@ def _device_family(index: int) -> str:
     )
 
 
-_recording = ["sm_80"]
+_recorded = ["sm_80"]
+
+
+@contextlib.contextmanager
+def recording(family: str) -> Iterator[None]:
+    """Launch on meta tensors as on this family's cards."""
+    _recorded.append(family)
+    try:
+        yield
+    finally:
+        _recorded.pop()
 
 
 def card_family(x: torch.Tensor) -> str:
     """Whose configurations serve this tensor's device."""
     if x.device.type == "meta":
-        return _recording[-1]
+        return _recorded[-1]
     if x.device.type == "cpu":
         return "interpreter"
     return _device_family(x.device.index)
@@ -461,12 +517,13 @@ def card_family(x: torch.Tensor) -> str:
 
 def choose(configs: dict, x: torch.Tensor, narrow: bool) -> Tile:
     """The tile for x's dtype and head_dim; windows without one of their own take the general."""
-    table = configs[card_family(x)]
+    family = card_family(x)
+    if family == "interpreter":
+        return configs[family][32, 256, False]
     bits, head_dim = x.dtype.itemsize * 8, x.shape[-1]
-    if card_family(x) == "interpreter":
-        return table[32, 256, False]
     limit = next(c for c in (64, 128, 256) if head_dim <= c)
-    return table.get((bits, limit, narrow)) or table[bits, limit, False]
+    table = configs[family]
+    return table.get((bits, limit, narrow), table[bits, limit, False])
 
 
 class Window(NamedTuple):

@@ -3,10 +3,14 @@
 T tokens, B sequences of S tokens, H heads, D head_dim, R rotary_dim <= D, half = R/2.
 """
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import aot
 from medgpt_kernels.registry import Unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -214,3 +218,28 @@ def rotary_fwd(q, k, cos, sin, position_ids, cu_seqlens):
 
 def rotary_bwd(d_q, d_k, cos, sin, position_ids, cu_seqlens):
     return rotate(d_q, d_k, cos, sin, position_ids, cu_seqlens, inverse=True)
+
+
+def _launch_meta(dtype: torch.dtype, head_dim: int, rotary_dim: int, packed: bool) -> None:
+    lead = (4096,) if packed else (4, 4096)
+    q = torch.empty(*lead, 64, head_dim, dtype=dtype, device="meta")
+    table = torch.empty(4096, rotary_dim // 2, device="meta")
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+    rotary_fwd(q, q[..., :8, :], table, table, None, cu_seqlens)
+    rotary_bwd(q, q[..., :8, :], table, table, None, cu_seqlens)
+
+
+def aot_kernels() -> Iterator[aot.AotKernel]:
+    """The kernel as its launchers would launch it."""
+    for dtype, head_dim, rotary_dim, packed in (
+        (torch.bfloat16, 64, 64, True),
+        (torch.float32, 128, 128, False),
+        (torch.bfloat16, 80, 20, True),
+        (torch.float16, 256, 256, True),
+    ):
+        yield from aot.record(
+            f"{str(dtype).removeprefix('torch.')}-{head_dim}-{rotary_dim}-{packed}",
+            functools.partial(_launch_meta, dtype, head_dim, rotary_dim, packed),
+            products={},
+            quick=head_dim == 64,
+        )
