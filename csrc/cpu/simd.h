@@ -30,8 +30,6 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3 };
-
 template <typename To, typename From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");

@@ -201,16 +201,17 @@ def _add_position(
     for i in range(tl.max(count_y, 0)):
         gy = first_y + i
         weight_y = tl.load(Taps + row_y + gy, mask=inside & (gy < table_side), other=0)
+        blended = tl.zeros(acc.shape, tl.float32)  # along x
         for j in range(tl.max(count_x, 0)):
             gx = first_x + j
             weight_x = tl.load(Taps + row_x + gx, mask=inside & (gx < table_side), other=0)
-            weight = weight_y * weight_x
             value = tl.load(
                 PositionEmbedding + (gy * table_side + gx)[:, None] * table_width + d[None, :],
-                mask=(weight != 0)[:, None] & (d < table_width)[None, :],
+                mask=(weight_x * weight_y != 0)[:, None] & (d < table_width)[None, :],
                 other=0,
             )
-            acc += weight[:, None] * value.to(tl.float32)
+            blended += weight_x[:, None] * value.to(tl.float32)
+        acc += weight_y[:, None] * blended
     return acc
 
 
