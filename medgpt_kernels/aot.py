@@ -345,6 +345,10 @@ class Gate:
         """Every kernel's name and each of its cards, and whether it is in the bounded part."""
         return self._in_worker(_list_job)
 
+    def names(self) -> list[tuple[str, bool]]:
+        """Every kernel's name, and whether it is in the bounded part."""
+        return list(dict.fromkeys((name, quick) for name, _, quick in self.jobs()))
+
     def submit(self, name: str, card: str) -> "Future[Report]":
         """Compile one kernel for one card; the Report comes when a worker is free."""
         return self._threads.submit(self._compile, name, card)

@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels.registry import Unsupported
-from medgpt_kernels.rotary.triton import check_supported, index_dtype, rotate, rows, strides
+from medgpt_kernels.rotary.triton import (
+    check_supported,
+    index_dtype,
+    rotate,
+    rows,
+    stride_unit,
+    strides,
+)
 
 LOG2_E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1.0e30)  # a maximum before any key, in units of log 2
@@ -56,6 +63,7 @@ CONFIGS = {
     },
     "sm_86": {
         (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 64, True): Tile(64, 64, 4, 2),
         (16, 128, False): Tile(64, 64, 4, 2),
         (16, 256, False): Tile(64, 32, 8, 2),
         (32, 64, False): Tile(32, 32, 4, 1),
@@ -152,6 +160,11 @@ def _exp2(x, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr):
     else:
         y = tl.exp2(x)
     return y
+
+
+@triton.jit
+def _elements(stride_b, stride_t, stride_h, UNIT: tl.constexpr):
+    return stride_b * UNIT, stride_t * UNIT, stride_h * UNIT
 
 
 @triton.jit
@@ -401,6 +414,7 @@ def _attention_fwd_kernel(
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
     USE_POLY_EXP2: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -408,6 +422,14 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
+    stride_out_b, stride_out_t, stride_out_h = (
+        stride_out_b * UNIT,
+        stride_out_t * UNIT,
+        stride_out_h * UNIT,
+    )
+    stride_q_b, stride_q_t, stride_q_h = _elements(stride_q_b, stride_q_t, stride_q_h, UNIT)
+    stride_k_b, stride_k_t, stride_k_h = _elements(stride_k_b, stride_k_t, stride_k_h, UNIT)
+    stride_v_b, stride_v_t, stride_v_h = _elements(stride_v_b, stride_v_t, stride_v_h, UNIT)
     g = tl.program_id(0) % KV_HEADS
     n = tl.program_id(0) // KV_HEADS % sequences
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS // sequences  # longest first
@@ -609,6 +631,7 @@ def attention_fwd(
     window = Window(window_left, window_right)
     tile = choose(CONFIGS, q, window.narrow(256))
     shared = problem(q, k, cos, position_ids, cu_seqlens_q)
+    unit = stride_unit(q, k, v, out)
     blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(blocks * shared["sequences"] * shared["KV_HEADS"],)](
@@ -623,12 +646,13 @@ def attention_fwd(
             PositionIds=position_ids,
             CuSeqlensQ=cu_seqlens_q,
             CuSeqlensK=cu_seqlens_k,
-            **strides("out", out),
-            **strides("q", q),
-            **strides("k", k),
-            **strides("v", v),
+            **strides("out", out, unit),
+            **strides("q", q, unit),
+            **strides("k", k, unit),
+            **strides("v", v, unit),
             **window.arguments(),
             **shared,
+            UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
             USE_POLY_EXP2=tile.poly_exp2,
