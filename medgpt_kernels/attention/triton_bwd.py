@@ -12,6 +12,7 @@ from medgpt_kernels.attention.triton_fwd import (
     LOG2_E,
     Tile,
     Window,
+    _elements,
     _key_range,
     _load_rest,
     _load_rotated,
@@ -28,13 +29,96 @@ from medgpt_kernels.attention.triton_fwd import (
     dense_positions,
     problem,
 )
-from medgpt_kernels.rotary.triton import index_dtype, rotate, rows, strides
+from medgpt_kernels.rotary.triton import index_dtype, rotate, rows, stride_unit, strides
 
+# as CONFIGS of the forward pass
 KV_CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
+    "sm_80": {
+        (16, 64, False): Tile(32, 128, 8, 2),
+        (16, 128, False): Tile(32, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_86": {
+        (16, 64, False): Tile(32, 128, 8, 2),
+        (16, 128, False): Tile(32, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(64, 128, 8, 2),
+        (16, 128, False): Tile(64, 128, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(64, 128, 8, 2),
+        (16, 128, False): Tile(64, 128, 8, 1),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(32, 128, 4, 1),
+        (16, 128, False): Tile(32, 64, 4, 1),
+        (16, 256, False): Tile(32, 32, 4, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(16, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
 }
 Q_CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
+    "sm_80": {
+        (16, 64, False): Tile(64, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_86": {
+        (16, 64, False): Tile(64, 64, 4, 2),
+        (16, 128, False): Tile(64, 32, 8, 2),
+        (16, 256, False): Tile(32, 32, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(128, 128, 8, 2),
+        (16, 64, True): Tile(128, 64, 8, 2),
+        (16, 128, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(128, 128, 8, 2),
+        (16, 64, True): Tile(128, 64, 8, 2),
+        (16, 128, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 8, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(128, 32, 4, 1),
+        (16, 128, False): Tile(64, 32, 4, 1),
+        (16, 256, False): Tile(32, 32, 4, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
 }
 ROWS_CONFIG = {"BLOCK_M": 32, "num_warps": 4}
 SINKS_CONFIG = {"BLOCK_T": 16, "num_warps": 4}
@@ -150,12 +234,29 @@ def _attention_bwd_rows_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
     """Of each query and head: lse in units of log 2, sum(d_out out) - d_lse, and q rotated."""
+    stride_rotated_b, stride_rotated_t, stride_rotated_h = (
+        stride_rotated_b * UNIT,
+        stride_rotated_t * UNIT,
+        stride_rotated_h * UNIT,
+    )
+    stride_q_b, stride_q_t, stride_q_h = _elements(stride_q_b, stride_q_t, stride_q_h, UNIT)
+    stride_d_out_b, stride_d_out_t, stride_d_out_h = (
+        stride_d_out_b * UNIT,
+        stride_d_out_t * UNIT,
+        stride_d_out_h * UNIT,
+    )
+    stride_out_b, stride_out_t, stride_out_h = (
+        stride_out_b * UNIT,
+        stride_out_t * UNIT,
+        stride_out_h * UNIT,
+    )
     HEADS: tl.constexpr = KV_HEADS * GROUP
     n = tl.program_id(0) % sequences
     block = tl.program_id(0) // sequences
@@ -318,6 +419,7 @@ def _attention_bwd_kv_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -325,6 +427,19 @@ def _attention_bwd_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
+    stride_d_k_b, stride_d_k_t, stride_d_k_h = (
+        stride_d_k_b * UNIT,
+        stride_d_k_t * UNIT,
+        stride_d_k_h * UNIT,
+    )
+    stride_d_out_b, stride_d_out_t, stride_d_out_h = (
+        stride_d_out_b * UNIT,
+        stride_d_out_t * UNIT,
+        stride_d_out_h * UNIT,
+    )
+    stride_q_b, stride_q_t, stride_q_h = _elements(stride_q_b, stride_q_t, stride_q_h, UNIT)
+    stride_k_b, stride_k_t, stride_k_h = _elements(stride_k_b, stride_k_t, stride_k_h, UNIT)
+    stride_v_b, stride_v_t, stride_v_h = _elements(stride_v_b, stride_v_t, stride_v_h, UNIT)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     g = tl.program_id(0) % KV_HEADS
     n = tl.program_id(0) // KV_HEADS % sequences
@@ -498,6 +613,7 @@ def _attention_bwd_q_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -505,6 +621,19 @@ def _attention_bwd_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
+    stride_d_q_b, stride_d_q_t, stride_d_q_h = (
+        stride_d_q_b * UNIT,
+        stride_d_q_t * UNIT,
+        stride_d_q_h * UNIT,
+    )
+    stride_d_out_b, stride_d_out_t, stride_d_out_h = (
+        stride_d_out_b * UNIT,
+        stride_d_out_t * UNIT,
+        stride_d_out_h * UNIT,
+    )
+    stride_q_b, stride_q_t, stride_q_h = _elements(stride_q_b, stride_q_t, stride_q_h, UNIT)
+    stride_k_b, stride_k_t, stride_k_h = _elements(stride_k_b, stride_k_t, stride_k_h, UNIT)
+    stride_v_b, stride_v_t, stride_v_h = _elements(stride_v_b, stride_v_t, stride_v_h, UNIT)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     g = tl.program_id(0) % KV_HEADS
     n = tl.program_id(0) // KV_HEADS % sequences
@@ -634,14 +763,16 @@ def attention_bwd(
     row_lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     delta = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     d_k = d_v = d_sinks = None
+    unit = stride_unit(d_out, q, k, v, out, d_q)
     common = {
         "Cos": cos,
         "Sin": sin,
         "PositionIds": position_ids,
         "CuSeqlensQ": cu_seqlens_q,
         "CuSeqlensK": cu_seqlens_k,
+        "UNIT": unit,
         "INDEX": index_dtype(d_out, q, k, v, out, d_q, row_lse),
-        **strides("d_out", d_out),
+        **strides("d_out", d_out, unit),
         **shared,
     }
     with torch.cuda.device_of(q):
@@ -657,9 +788,9 @@ def attention_bwd(
             Out=out,
             Lse=lse,
             DLse=d_lse,
-            **strides("rotated", rotated),
-            **strides("q", q),
-            **strides("out", out),
+            **strides("rotated", rotated, unit),
+            **strides("q", q, unit),
+            **strides("out", out, unit),
             **{f"stride_d_lse_{a}": s for a, s in zip("bht", lse_strides, strict=True)},
             **common,
             **ROWS_CONFIG,
@@ -676,9 +807,9 @@ def attention_bwd(
             "V": v,
             "RowLse": row_lse,
             "Delta": delta,
-            **strides("q", q),
-            **strides("k", k),
-            **strides("v", v),
+            **strides("q", q, unit),
+            **strides("k", k, unit),
+            **strides("v", v, unit),
             **window.arguments(),
             "scale": softmax_scale * LOG2_E,
             "softmax_scale": softmax_scale,
@@ -689,13 +820,13 @@ def attention_bwd(
             d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
             blocks = triton.cdiv(max_seqlen_k, tile.block_n)
             _attention_bwd_kv_kernel[(blocks * sequences * k.shape[-2],)](
-                DK=d_k, DV=d_v, **strides("d_k", d_k), **common, **tile.options()
+                DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile.options()
             )
         if want_q:
             tile = choose(Q_CONFIGS, q, window.narrow(256))
             blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
             _attention_bwd_q_kernel[(blocks * sequences * k.shape[-2],)](
-                DQ=d_q, **strides("d_q", d_q), **common, **tile.options()
+                DQ=d_q, **strides("d_q", d_q, unit), **common, **tile.options()
             )
     grads = (d_q, d_k, d_v, d_sinks)
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, wanted, strict=True))

@@ -6,7 +6,9 @@ query heads of one key head at M / P queries: row r is query r // P of head g P 
 between powers of two is two tiles, D = 72 being 64 + 16.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,14 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels.registry import Unsupported
-from medgpt_kernels.rotary.triton import check_supported, index_dtype, rotate, rows, strides
+from medgpt_kernels.rotary.triton import (
+    check_supported,
+    index_dtype,
+    rotate,
+    rows,
+    stride_unit,
+    strides,
+)
 
 LOG2_E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1.0e30)  # a maximum before any key, in units of log 2
@@ -41,17 +50,62 @@ class Tile(NamedTuple):
         }
 
 
-# by card family, then (bits of the dtype, head_dim up to, narrow window)
+# by card family, then (bits of the dtype, head_dim up to, whether a narrow window has its own)
 CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
     "sm_80": {
         (16, 64, False): Tile(128, 64, 4, 3),
         (16, 128, False): Tile(128, 64, 8, 3),
         (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(64, 32, 8, 2),
-        (32, 128, False): Tile(32, 32, 8, 2),
-        (32, 256, False): Tile(16, 16, 8, 1),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
     },
+    "sm_86": {
+        (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 64, True): Tile(64, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 4, 2),
+        (16, 256, False): Tile(64, 32, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "sm_90": {
+        (16, 64, False): Tile(128, 128, 8, 3),
+        (16, 64, True): Tile(128, 64, 4, 3),
+        (16, 128, False): Tile(128, 128, 8, 2),
+        (16, 128, True): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(128, 64, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "sm_100": {
+        (16, 64, False): Tile(128, 128, 8, 3),
+        (16, 64, True): Tile(128, 64, 8, 3),
+        (16, 128, False): Tile(128, 128, 8, 2),
+        (16, 128, True): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(128, 64, 8, 2),
+        (32, 64, False): Tile(32, 32, 4, 1),
+        (32, 128, False): Tile(32, 16, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+    "gfx942": {
+        (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 128, False): Tile(64, 64, 4, 1),
+        (16, 256, False): Tile(64, 32, 4, 1),
+        (32, 64, False): Tile(64, 32, 4, 1),
+        (32, 128, False): Tile(32, 32, 4, 1),
+        (32, 256, False): Tile(16, 16, 4, 1),
+    },
+}
+# the cards of each family that the gate compiles for
+FAMILIES = {
+    "sm_80": ("sm_80",),
+    "sm_86": ("sm_86", "sm_89", "sm_120"),  # 99 KB of shared memory
+    "sm_90": ("sm_90",),
+    "sm_100": ("sm_100",),
+    "gfx942": ("gfx942",),
 }
 
 
@@ -106,6 +160,11 @@ def _exp2(x, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr):
     else:
         y = tl.exp2(x)
     return y
+
+
+@triton.jit
+def _elements(stride_b, stride_t, stride_h, UNIT: tl.constexpr):
+    return stride_b * UNIT, stride_t * UNIT, stride_h * UNIT
 
 
 @triton.jit
@@ -355,6 +414,7 @@ def _attention_fwd_kernel(
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
     USE_POLY_EXP2: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -362,6 +422,14 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
+    stride_out_b, stride_out_t, stride_out_h = (
+        stride_out_b * UNIT,
+        stride_out_t * UNIT,
+        stride_out_h * UNIT,
+    )
+    stride_q_b, stride_q_t, stride_q_h = _elements(stride_q_b, stride_q_t, stride_q_h, UNIT)
+    stride_k_b, stride_k_t, stride_k_h = _elements(stride_k_b, stride_k_t, stride_k_h, UNIT)
+    stride_v_b, stride_v_t, stride_v_h = _elements(stride_v_b, stride_v_t, stride_v_h, UNIT)
     g = tl.program_id(0) % KV_HEADS
     n = tl.program_id(0) // KV_HEADS % sequences
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS // sequences  # longest first
@@ -447,13 +515,23 @@ def _device_family(index: int) -> str:
     )
 
 
-_recording = ["sm_80"]
+_recorded = ["sm_80"]
+
+
+@contextlib.contextmanager
+def recording(family: str) -> Iterator[None]:
+    """Launch on meta tensors as on this family's cards."""
+    _recorded.append(family)
+    try:
+        yield
+    finally:
+        _recorded.pop()
 
 
 def card_family(x: torch.Tensor) -> str:
     """Whose configurations serve this tensor's device."""
     if x.device.type == "meta":
-        return _recording[-1]
+        return _recorded[-1]
     if x.device.type == "cpu":
         return "interpreter"
     return _device_family(x.device.index)
@@ -461,12 +539,13 @@ def card_family(x: torch.Tensor) -> str:
 
 def choose(configs: dict, x: torch.Tensor, narrow: bool) -> Tile:
     """The tile for x's dtype and head_dim; windows without one of their own take the general."""
-    table = configs[card_family(x)]
+    family = card_family(x)
+    if family == "interpreter":
+        return configs[family][32, 256, False]
     bits, head_dim = x.dtype.itemsize * 8, x.shape[-1]
-    if card_family(x) == "interpreter":
-        return table[32, 256, False]
     limit = next(c for c in (64, 128, 256) if head_dim <= c)
-    return table.get((bits, limit, narrow)) or table[bits, limit, False]
+    table = configs[family]
+    return table.get((bits, limit, narrow), table[bits, limit, False])
 
 
 class Window(NamedTuple):
@@ -552,6 +631,7 @@ def attention_fwd(
     window = Window(window_left, window_right)
     tile = choose(CONFIGS, q, window.narrow(256))
     shared = problem(q, k, cos, position_ids, cu_seqlens_q)
+    unit = stride_unit(q, k, v, out)
     blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(blocks * shared["sequences"] * shared["KV_HEADS"],)](
@@ -566,12 +646,13 @@ def attention_fwd(
             PositionIds=position_ids,
             CuSeqlensQ=cu_seqlens_q,
             CuSeqlensK=cu_seqlens_k,
-            **strides("out", out),
-            **strides("q", q),
-            **strides("k", k),
-            **strides("v", v),
+            **strides("out", out, unit),
+            **strides("q", q, unit),
+            **strides("k", k, unit),
+            **strides("v", v, unit),
             **window.arguments(),
             **shared,
+            UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
             USE_POLY_EXP2=tile.poly_exp2,

@@ -3,10 +3,14 @@
 T tokens, B sequences of S tokens, H heads, D head_dim, R rotary_dim <= D, half = R/2.
 """
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import aot
 from medgpt_kernels.registry import Unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +94,7 @@ def _rotary_kernel(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     INVERSE: tl.constexpr,
+    UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -116,12 +121,14 @@ def _rotary_kernel(
         sin = -sin
     if tile_h < TILES_Q:
         _rotate_heads(
-            QOut, Q, cos, sin, b, t, tile_h, stride_q_b, stride_q_t, stride_q_h, tokens, Q_HEADS,
+            QOut, Q, cos, sin, b, t, tile_h, stride_q_b * UNIT, stride_q_t * UNIT,
+            stride_q_h * UNIT, tokens, Q_HEADS,
             HEAD_DIM, HALF, INDEX, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif K_HEADS > 0:
         _rotate_heads(
-            KOut, K, cos, sin, b, t, tile_h - TILES_Q, stride_k_b, stride_k_t, stride_k_h, tokens,
+            KOut, K, cos, sin, b, t, tile_h - TILES_Q, stride_k_b * UNIT,
+            stride_k_t * UNIT, stride_k_h * UNIT, tokens,
             K_HEADS, HEAD_DIM, HALF, INDEX, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
@@ -152,13 +159,27 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
-    """Elements from one batch entry, token and head to the next; packed tensors have one batch."""
+def stride_unit(*tensors: torch.Tensor | None) -> int:
+    """What kernels get strides in: 8 elements where all are multiples of it, else 1.
+
+    Triton itself looks for multiples of 16 only, and would read heads of 72 or 40 dimensions one
+    element at a time.
+    """
+    steps = [s for t in tensors if t is not None for s in t.stride()[:-1]]
+    return 8 if all(s % 8 == 0 for s in steps) else 1
+
+
+def strides(name: str, x: torch.Tensor | None, unit: int) -> dict[str, int]:
+    """From one batch entry, token and head to the next; packed tensors have one batch."""
     if x is None:
         b = t = h = 0
     else:
         b, t, h = (x.stride(0) if x.ndim == 4 else 0, x.stride(-3), x.stride(-2))
-    return {f"stride_{name}_b": b, f"stride_{name}_t": t, f"stride_{name}_h": h}
+    return {
+        f"stride_{name}_b": b // unit,
+        f"stride_{name}_t": t // unit,
+        f"stride_{name}_h": h // unit,
+    }
 
 
 def rotate(q, k, cos, sin, position_ids, cu_seqlens, *, inverse: bool = False):
@@ -174,6 +195,7 @@ def rotate(q, k, cos, sin, position_ids, cu_seqlens, *, inverse: bool = False):
     config = CONFIG | {"BLOCK_T": max(1, CONFIG["BLOCK_T"] * 32 // max(block_half, 32))}
     tiles_h = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     batches = q.shape[0] if q.ndim == 4 else 1
+    unit = stride_unit(q, k)
     if position_ids is not None and position_ids.ndim == 1:
         position_ids = position_ids.unsqueeze(0)
     stride_position = (0, 0) if position_ids is None else position_ids.stride()
@@ -187,8 +209,8 @@ def rotate(q, k, cos, sin, position_ids, cu_seqlens, *, inverse: bool = False):
             Sin=sin.contiguous(),
             PositionIds=position_ids,
             CuSeqlens=None if position_ids is not None else cu_seqlens,
-            **strides("q", q),
-            **strides("k", k),
+            **strides("q", q, unit),
+            **strides("k", k, unit),
             stride_position_b=stride_position[0],
             stride_position_t=stride_position[1],
             tokens=tokens,
@@ -200,6 +222,7 @@ def rotate(q, k, cos, sin, position_ids, cu_seqlens, *, inverse: bool = False):
             HEAD_DIM=head_dim,
             HALF=half,
             INVERSE=inverse,
+            UNIT=unit,
             INDEX=index_dtype(q, k, q_out, k_out),
             BLOCK_HALF=block_half,
             BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
@@ -214,3 +237,28 @@ def rotary_fwd(q, k, cos, sin, position_ids, cu_seqlens):
 
 def rotary_bwd(d_q, d_k, cos, sin, position_ids, cu_seqlens):
     return rotate(d_q, d_k, cos, sin, position_ids, cu_seqlens, inverse=True)
+
+
+def _launch_meta(dtype: torch.dtype, head_dim: int, rotary_dim: int, packed: bool) -> None:
+    lead = (4096,) if packed else (4, 4096)
+    q = torch.empty(*lead, 64, head_dim, dtype=dtype, device="meta")
+    table = torch.empty(4096, rotary_dim // 2, device="meta")
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+    rotary_fwd(q, q[..., :8, :], table, table, None, cu_seqlens)
+    rotary_bwd(q, q[..., :8, :], table, table, None, cu_seqlens)
+
+
+def aot_kernels() -> Iterator[aot.AotKernel]:
+    """The kernel as its launchers would launch it."""
+    for dtype, head_dim, rotary_dim, packed in (
+        (torch.bfloat16, 64, 64, True),
+        (torch.float32, 128, 128, False),
+        (torch.bfloat16, 80, 20, True),
+        (torch.float16, 256, 256, True),
+    ):
+        yield from aot.record(
+            f"{str(dtype).removeprefix('torch.')}-{head_dim}-{rotary_dim}-{packed}",
+            functools.partial(_launch_meta, dtype, head_dim, rotary_dim, packed),
+            products={},
+            quick=head_dim == 64,
+        )
