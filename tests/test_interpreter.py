@@ -25,12 +25,13 @@ inside = pytest.mark.skipif(not testing.interpreting(), reason="runs under TRITO
 outside = pytest.mark.skipif(testing.interpreting(), reason="starts the interpreter itself")
 
 
-def interpret(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def interpret(*command: str) -> subprocess.CompletedProcess:
     """Run Python with Triton interpreted; a backend that cannot serve a call is an error there."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("MEDGPT_KERNELS_")}
     return subprocess.run(
         [sys.executable, *command],
-        env=inherited | {"TRITON_INTERPRET": "1", "MEDGPT_KERNELS_STRICT": "1"} | environment,
+        env=inherited
+        | {"TRITON_INTERPRET": "1", "MEDGPT_KERNELS_STRICT": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,8 +48,8 @@ def test_under_the_interpreter(file):
     closing = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", closing)}
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert counts.get("passed", 0) > 0, closing
-    assert not counts.keys() & {"failed", "error", "errors", "xfailed"}, closing
+    assert counts.get("passed", 0) >= (4 if file == FILES[0] else 20), closing
+    assert not counts.keys() & {"failed", "error", "errors", "skipped", "xfailed"}, done.stdout
 
 
 def kernels():

@@ -314,9 +314,11 @@ def test_equals_transformers_clip(backend, side):
 @backends
 def test_real_radiographs(backend):
     material = pytest.importorskip("material")
-    part = 16 if backend == "triton" else 4  # the interpreter is slow
-    arrays = [a[: a.shape[0] // part // 16 * 16, : a.shape[1] // part // 16 * 16]
-              for a in material.radiographs()]  # fmt: skip
+    part = 16 if backend == "triton" else 4  # the interpreter takes seconds a thousand patches
+    arrays = [
+        a[: a.shape[0] // part // 16 * 16, : a.shape[1] // part // 16 * 16]
+        for a in material.radiographs()
+    ]
     check(backend, mk.pack_images(arrays), make_parameters(width=32, grid=16))
 
 
@@ -471,7 +473,7 @@ def test_offsets_past_32_bits(backend, monkeypatch):
 
 
 @pytest.mark.skipif(testing.interpreting(), reason="CPU tensors are served there")
-def test_triton_refuses_cpu_tensors_unless_interpreted(monkeypatch):
+def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
     with (
@@ -488,7 +490,7 @@ def test_triton_refuses_fp64(backend, monkeypatch):
         call(make_images(), make_parameters(dtype=torch.float64))
 
 
-def test_without_triton_its_backend_is_absent_with_the_reason():
+def test_an_absent_compiler_is_the_reason_its_backend_is_absent():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from medgpt_kernels import registry\n"
