@@ -1,6 +1,8 @@
 """patch_embed: every backend against fp64 by the tolerance rule, and against transformers."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import medgpt_kernels as mk
-from medgpt_kernels import testing
+from medgpt_kernels import registry, testing
 from medgpt_kernels.patch_embed import op, reference
 
 BACKENDS = [b for b in testing.backend_modules("patch_embed") if b != "reference"]
@@ -440,6 +442,65 @@ def test_strided_weight(backend):
             call(make_images(), [strided, *rest]),
         )
     assert torch.equal(expected.tokens, found.tokens)
+
+
+@backends
+def test_many_small_images(backend):
+    sizes = [(16 * h, 16 * w) for h in (1, 2) for w in (1, 3)] * 65
+    check(backend, make_images(sizes, 2), make_parameters(16, 2, grid=0, rows=1), patch_size=2)
+
+
+@backends
+def test_expanded_gradient(backend):
+    """The gradient of a sum has no memory of its own: all strides are zero."""
+    images, parameters = make_images(kind="float"), make_parameters(width=24)
+    expanded = torch.tensor(0.5).expand(24, 24)
+    _, found = run(backend, images, parameters, expanded)
+    _, expected = run(backend, images, parameters, expanded.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_offsets_past_32_bits(backend, monkeypatch):
+    from medgpt_kernels.patch_embed import triton_fwd
+
+    images, parameters = make_images(kind="float"), make_parameters()
+    d_tokens = torch.randn(24, 40)
+    narrow, narrow_grads = run(backend, images, parameters, d_tokens)
+    monkeypatch.setattr(triton_fwd, "INT32_ELEMENTS", 1)
+    wide, wide_grads = run(backend, images, parameters, d_tokens)
+    assert torch.equal(narrow.tokens, wide.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(narrow_grads, wide_grads, strict=True))
+
+
+@pytest.mark.skipif(testing.interpreting(), reason="CPU tensors are served there")
+def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+    with (
+        mk.backend("triton"),
+        pytest.raises(registry.BackendError, match="CPU tensors only under TRITON_INTERPRET=1"),
+    ):
+        call(make_images(), make_parameters())
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_triton_refuses_fp64(backend, monkeypatch):
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+    with mk.backend(backend), pytest.raises(registry.BackendError, match="float64 in Triton"):
+        call(make_images(), make_parameters(dtype=torch.float64))
+
+
+def test_an_absent_compiler_is_the_reason_its_backend_is_absent():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from medgpt_kernels import registry\n"
+        "try: registry.operators['patch_embed_fwd'].kernel('triton')\n"
+        "except registry.Unsupported as reason: assert 'triton' in str(reason), reason\n"
+        "else: raise SystemExit('it was there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # Negative controls: the rule must notice each of these
