@@ -65,8 +65,9 @@ void step(const Problem& problem, const Panel& panel, const float* queries, cons
   vf highest[kBV], before[kBV], total[kBV], rescale[kBV];
   for (int n = 0; n < kBV; n++) highest[n] = before[n] = load(maximum + n * kLanes);
   for (int64_t j = 0; j < count; j += kAR) {
-    vf scores[kAR][kBV] = {};
-    micro_kernel(dim, keys + j * dim, kAR, queries, kRows, scores);
+    vf scores[kAR][kBV];
+    multiply(dim, keys + j * dim, queries, scores);
+    scale_scores(scores, problem.scale);
     panel.mask(scores, range.lo + j);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)
@@ -89,19 +90,8 @@ void step(const Problem& problem, const Panel& panel, const float* queries, cons
       store(p + j * kRows + n * kLanes, value);
     }
   for (int n = 0; n < kBV; n++) store(sum + n * kLanes, total[n]);
-  for (int64_t d = 0; d < dim; d += kAR) {
-    vf acc[kAR][kBV];
-#pragma GCC unroll 8
-    for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < kBV; n++)
-        acc[m][n] = load(out + (d + m) * kRows + n * kLanes) * rescale[n];
-    micro_kernel(count, values + d, padded, p, kRows, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < kBV; n++) store(out + (d + m) * kRows + n * kLanes, acc[m][n]);
-  }
+  for (int64_t d = 0; d < dim; d += kAR)
+    add_product<kAR, kBV>(count, values + d, padded, p, kRows, out + d * kRows, kRows, rescale);
 }
 
 template <typename T>
@@ -138,7 +128,8 @@ void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a
                  w.rows.get());
     transpose_panel(w.rows.get(), w.queries.get() + i * kRows * dim, dim, padded);
     for (int64_t r = 0; r < kRows; r++) {
-      float sink = a.sinks ? a.sinks[unit.kv_head * group + (first + r) % group] : kLowest;
+      int64_t head = unit.kv_head * group + (first + r) % group;
+      float sink = a.sinks ? a.sinks[head] : kLowest;
       w.maximum[i * kRows + r] = std::max(sink, kLowest);
       w.sum[i * kRows + r] = sink > kLowest ? 1.0f : 0.0f;
     }
@@ -149,7 +140,7 @@ void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a
     Range keys{block, std::min({block + kPackedKeys, round_up(seen.hi, kLanes), s.len_k})};
     int64_t count = round_up(keys.hi - keys.lo, kLanes);
     load_keys(s, unit.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true, w.rows.get());
-    pack_panels(w.rows.get(), w.keys.get(), count, dim, padded, p.scale);
+    pack_panels(w.rows.get(), w.keys.get(), count, dim, padded);
     load_keys(s, unit.kv_head, keys, static_cast<const T*>(a.v), a.v_strides, false,
               w.values.get());
     for (int64_t i = 0; i < panels; i++) {
@@ -187,25 +178,6 @@ std::vector<Unit> make_units(const Problem& p, const std::vector<Sequence>& sequ
                    [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
   return units;
 }
-
-void forward(const Problem& p, DType dtype, const AttentionForward& a) {
-  std::vector<Sequence> sequences = make_sequences(p);
-  int64_t unit_rows;
-  std::vector<Unit> units = make_units(p, sequences, unit_rows);
-  with_dtype(dtype, [&](auto tag) {
-    using T = decltype(tag);
-    int64_t batches = p.cu_q != nullptr ? 1 : p.sequences;
-    advise_huge_pages(a.out, batches * p.tokens_q * p.heads * p.head_dim * sizeof(T));
-#pragma omp parallel
-    {
-      Scratch scratch(p, unit_rows);
-#pragma omp for schedule(dynamic)
-      for (size_t i = 0; i < units.size(); i++)
-        forward_unit<T>(sequences[units[i].sequence], units[i], a, scratch);
-    }
-  });
-}
-
 }  // namespace
 
 std::vector<Sequence> make_sequences(const Problem& p) {
@@ -220,6 +192,21 @@ std::vector<Sequence> make_sequences(const Problem& p) {
 }
 }  // namespace attention
 
-void attention_fwd(const AttentionProblem& p, DType dtype, const AttentionForward& a) {
-  attention::forward(attention::Problem(p), dtype, a);
+void attention_fwd(const AttentionProblem& problem, DType dtype, const AttentionForward& a) {
+  using namespace attention;
+  Problem p(problem);
+  std::vector<Sequence> sequences = make_sequences(p);
+  int64_t unit_rows;
+  std::vector<Unit> units = make_units(p, sequences, unit_rows);
+  with_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    advise_huge_pages(a.out, p.batches() * p.tokens_q * p.heads * p.head_dim * sizeof(T));
+#pragma omp parallel
+    {
+      Scratch scratch(p, unit_rows);
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < units.size(); i++)
+        forward_unit<T>(sequences[units[i].sequence], units[i], a, scratch);
+    }
+  });
 }

@@ -34,9 +34,9 @@ static_assert(kKeys % kLanes == 0 && kPackedKeys % kKeys == 0 && kLanes % kAR ==
 
 struct Problem : AttentionProblem {
   explicit Problem(const AttentionProblem& p) : AttentionProblem(p) {}
-
   int64_t group() const { return heads / kv_heads; }
   int64_t padded() const { return round_up(head_dim, kLanes); }
+  int64_t batches() const { return cu_q != nullptr ? 1 : sequences; }
 };
 
 struct Range {
@@ -120,6 +120,44 @@ struct Panel {
   }
 };
 
+// tile[kAR keys][kRows] = panel of keys or values times columns of queries or their gradients
+inline void multiply(int64_t dim, const float* panel, const float* columns, vf (&tile)[kAR][kBV]) {
+  for (int64_t d = 0; d < dim; d += kDepthStep) {
+    vf part[kAR][kBV] = {};
+    micro_kernel(std::min(dim - d, kDepthStep), panel + d * kAR, kAR, columns + d * kRows, kRows,
+                 part);
+#pragma GCC unroll 8
+    for (int m = 0; m < kAR; m++)
+#pragma GCC unroll 8
+      for (int n = 0; n < kBV; n++) tile[m][n] = d == 0 ? part[m][n] : tile[m][n] + part[m][n];
+  }
+}
+
+// sum [MR][NV vectors] at stride ld = sum * factor + a product of `depth` steps. The product is
+// summed apart: added one by one to a long sum, its terms would lose bits.
+template <int MR, int NV>
+inline void add_product(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                        float* sum, int64_t ld, const vf (&factor)[NV]) {
+  vf acc[MR][NV] = {};
+  micro_kernel(depth, a, lda, b, ldb, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n++) {
+      float* at = sum + m * ld + n * kLanes;
+      store(at, load(at) * factor[n] + acc[m][n]);
+    }
+}
+
+// Scores times scale. Each product is rounded before anything is subtracted from it, in both passes
+// alike: a query that sees one key then has a probability of exactly 1, as in eager PyTorch.
+inline void scale_scores(vf (&scores)[kAR][kBV], float scale) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kAR; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < kBV; n++) scores[m][n] = rounded(scores[m][n] * scale);
+}
+
 // The keys of `wanted` that a block [lo, lo + kPackedKeys) covers, whole panels of kAR.
 inline Range clip_to_block(Range wanted, int64_t block) {
   int64_t lo = std::max(wanted.lo / kAR * kAR, block);
@@ -158,14 +196,13 @@ inline void untranspose_panel(const float* columns, float* rows, int64_t padded,
     }
 }
 
-// natural rows of keys [count][Dp] -> A panels [count / kAR][D][kAR], multiplied by `factor`;
-// count is a multiple of kLanes
+// rows of keys [count][Dp] -> A panels [count / kAR][D][kAR]; count is a multiple of kLanes
 inline void pack_panels(const float* rows, float* panels, int64_t count, int64_t dim,
-                        int64_t padded, float factor) {
+                        int64_t padded) {
   for (int64_t k0 = 0; k0 < count; k0 += kLanes)
     for (int64_t d0 = 0; d0 < dim; d0 += kLanes) {
       vf r[kLanes];
-      for (int i = 0; i < kLanes; i++) r[i] = load(rows + (k0 + i) * padded + d0) * factor;
+      for (int i = 0; i < kLanes; i++) r[i] = load(rows + (k0 + i) * padded + d0);
       transpose(r);
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, dim - d0); i++) {
         float lanes[kLanes];

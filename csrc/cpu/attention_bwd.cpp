@@ -28,7 +28,8 @@ struct Scratch {
   Buffer<float> query_rows, query_columns, d_out_rows, d_out_columns, d_query_columns;
   Buffer<float> lse, delta;                          // [kPanels][kRows]
   Buffer<float> key_rows, key_panels, value_panels;  // of one block of keys
-  Buffer<float> rows, p, d_s, p_panels, d_s_panels;  // of one step
+  Buffer<float> rows, columns;                       // of one panel or block on its way
+  Buffer<float> p, d_s, p_panels, d_s_panels;        // of one step
   Panel panels[kPanels];
 
   explicit Scratch(const Problem& p_)
@@ -43,6 +44,7 @@ struct Scratch {
         key_panels(kPackedKeys * p_.head_dim),
         value_panels(kPackedKeys * p_.head_dim),
         rows(std::max(kPackedKeys, kRows) * p_.padded()),
+        columns(kRows * p_.head_dim),
         p(kKeys * kRows),
         d_s(kKeys * kRows),
         p_panels(kKeys * kRows),
@@ -62,22 +64,15 @@ inline void turn_tile(const vf (&tile)[kAR][kBV], float* out) {
   }
 }
 
-// sum[kAR][Dp] += turned [kRows][kAR] ^T times rows [kRows][Dp]
+// sum[kAR keys][Dp] += turned [kRows][kAR] ^T times rows [kRows][Dp]
 template <int NV>
 inline void add_columns(const float* turned, const float* rows, int64_t padded, float* sum) {
-  vf acc[kAR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) acc[m][n] = load(sum + m * padded + n * kLanes);
-  micro_kernel(kRows, turned, kAR, rows, padded, acc);
-#pragma GCC unroll 8
-  for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) store(sum + m * padded + n * kLanes, acc[m][n]);
+  vf one[NV];
+  for (int n = 0; n < NV; n++) one[n] = splat(1.0f);
+  add_product<kAR, NV>(kRows, turned, kAR, rows, padded, sum, padded, one);
 }
 
-inline void add_product(const float* turned, const float* rows, int64_t padded, float* sum) {
+inline void add_rows(const float* turned, const float* rows, int64_t padded, float* sum) {
   int64_t d = 0, left = padded / kLanes;
   for (; left >= 3 && left != 4; left -= 3, d += 3 * kLanes)
     add_columns<3>(turned, rows + d, padded, sum + d);
@@ -97,9 +92,9 @@ void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_
   }
   float *p = w.p.get(), *d_s = w.d_s.get();
   for (int64_t j = 0; j < count; j += kAR) {
-    vf tile[kAR][kBV] = {};
-    micro_kernel(dim, w.key_panels.get() + (at + j) * dim, kAR, w.query_columns.get() + first * dim,
-                 kRows, tile);
+    vf tile[kAR][kBV];
+    multiply(dim, w.key_panels.get() + (at + j) * dim, w.query_columns.get() + first * dim, tile);
+    scale_scores(tile, problem.scale);
     w.panels[panel].mask(tile, range.lo + j);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)
@@ -111,9 +106,8 @@ void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_
     if (d_v != nullptr) turn_tile(tile, w.p_panels.get() + j * kRows);
   }
   for (int64_t j = 0; j < count; j += kAR) {
-    vf tile[kAR][kBV] = {};
-    micro_kernel(dim, w.value_panels.get() + (at + j) * dim, kAR,
-                 w.d_out_columns.get() + first * dim, kRows, tile);
+    vf tile[kAR][kBV];
+    multiply(dim, w.value_panels.get() + (at + j) * dim, w.d_out_columns.get() + first * dim, tile);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)
 #pragma GCC unroll 8
@@ -124,43 +118,45 @@ void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_
     if (d_k != nullptr) turn_tile(tile, w.d_s_panels.get() + j * kRows);
   }
   for (int64_t j = 0; d_v != nullptr && j < count; j += kAR)
-    add_product(w.p_panels.get() + j * kRows, w.d_out_rows.get() + first * padded, padded,
-                d_v + j * padded);
+    add_rows(w.p_panels.get() + j * kRows, w.d_out_rows.get() + first * padded, padded,
+             d_v + j * padded);
   for (int64_t j = 0; d_k != nullptr && j < count; j += kAR)
-    add_product(w.d_s_panels.get() + j * kRows, w.query_rows.get() + first * padded, padded,
-                d_k + j * padded);
-  for (int64_t d = 0; want_q && d < dim; d += kAR) {
-    float* sum = w.d_query_columns.get() + first * padded + d * kRows;
-    vf acc[kAR][kBV];
-#pragma GCC unroll 8
-    for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < kBV; n++) acc[m][n] = load(sum + m * kRows + n * kLanes);
-    micro_kernel(count, w.key_rows.get() + at * padded + d, padded, d_s, kRows, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < kAR; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < kBV; n++) store(sum + m * kRows + n * kLanes, acc[m][n]);
-  }
+    add_rows(w.d_s_panels.get() + j * kRows, w.query_rows.get() + first * padded, padded,
+             d_k + j * padded);
+  vf one[kBV];
+  for (int n = 0; n < kBV; n++) one[n] = splat(1.0f);
+  for (int64_t d = 0; want_q && d < dim; d += kAR)
+    add_product<kAR, kBV>(count, w.key_rows.get() + at * padded + d, padded, d_s, kRows,
+                          w.d_query_columns.get() + first * padded + d * kRows, kRows, one);
 }
 
 // delta = sum of d_out * out less d_lse, and the sinks' gradient.
 template <typename T>
 void start_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const AttentionBackward& a,
-                 const float* d_out_rows, float* out_rows, float* lse, float* delta,
+                 const float* d_out_columns, Scratch& w, float* lse, float* delta,
                  double* d_sinks) {
   const Problem& p = *s.p;
   int64_t group = p.group(), padded = p.padded();
-  load_queries(s, panel, kv_head, static_cast<const T*>(a.out), a.out_strides, false, out_rows);
+  load_queries(s, panel, kv_head, static_cast<const T*>(a.out), a.out_strides, false, w.rows.get());
+  transpose_panel(w.rows.get(), w.columns.get(), p.head_dim, padded);
+  // Added up as multiply() does, so that a query with one key has d_p - delta = 0 exactly.
+  vf sums[kBV] = {};
+  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kDepthStep) {
+    vf part[kBV] = {};
+    for (int64_t d = d0; d < std::min(d0 + kDepthStep, p.head_dim); d++)
+      for (int n = 0; n < kBV; n++) {
+        int64_t at = d * kRows + n * kLanes;
+        part[n] += load(w.columns.get() + at) * load(d_out_columns + at);
+      }
+    for (int n = 0; n < kBV; n++) sums[n] = d0 == 0 ? part[n] : sums[n] + part[n];
+  }
+  std::memcpy(delta, sums, sizeof(sums));
   int64_t token = panel.first / group, head = panel.first % group;
   for (int64_t r = 0; r < kRows; r++) {
-    lse[r] = INFINITY, delta[r] = 0;  // probabilities of 0 where there is no row or no key
+    lse[r] = INFINITY;  // probabilities of 0 where there is no row or no key
     if (r >= panel.count) continue;
-    vf sum = {};
-    for (int64_t d = 0; d < padded; d += kLanes)
-      sum += load(d_out_rows + r * padded + d) * load(out_rows + r * padded + d);
     int64_t h = kv_head * group + head, index = s.lse_index(token, h);
-    delta[r] = reduce_add(sum) - (a.d_lse != nullptr ? a.d_lse[index] : 0.0f);
+    if (a.d_lse != nullptr) delta[r] -= a.d_lse[index];
     if (a.lse[index] != -INFINITY) lse[r] = a.lse[index];
     if (a.sinks != nullptr && a.lse[index] != -INFINITY)
       d_sinks[head] -= std::exp(a.sinks[h] - a.lse[index]) * delta[r];
@@ -204,7 +200,7 @@ void backward_chunk(const Sequence& s, const Part& part, Range rows, const Atten
     load_queries(s, panel, part.kv_head, static_cast<const T*>(a.d_out), a.d_out_strides, false,
                  d_out);
     transpose_panel(d_out, w.d_out_columns.get() + at * dim, dim, padded);
-    start_panel<T>(s, panel, part.kv_head, a, d_out, w.rows.get(), w.lse.get() + at,
+    start_panel<T>(s, panel, part.kv_head, a, w.d_out_columns.get() + at * dim, w, w.lse.get() + at,
                    w.delta.get() + at, d_sinks);
   }
   std::fill_n(w.d_query_columns.get(), panels * kRows * padded, 0.0f);
@@ -213,10 +209,10 @@ void backward_chunk(const Sequence& s, const Part& part, Range rows, const Atten
     Range keys{block, std::min({block + kPackedKeys, round_up(seen.hi, kLanes), s.len_k})};
     int64_t count = round_up(keys.hi - keys.lo, kLanes);
     load_keys(s, part.kv_head, keys, static_cast<const T*>(a.v), a.v_strides, false, w.rows.get());
-    pack_panels(w.rows.get(), w.value_panels.get(), count, dim, padded, 1.0f);
+    pack_panels(w.rows.get(), w.value_panels.get(), count, dim, padded);
     load_keys(s, part.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true,
               w.key_rows.get());
-    pack_panels(w.key_rows.get(), w.key_panels.get(), count, dim, padded, p.scale);
+    pack_panels(w.key_rows.get(), w.key_panels.get(), count, dim, padded);
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
       int64_t length = step_length(mine);
@@ -329,7 +325,7 @@ void backward_typed(const Problem& p, const AttentionBackward& a) {
                      : (parts.back().offset + parts.back().keys.hi - parts.back().keys.lo) * padded;
   Buffer<float> d_k(a.d_k != nullptr ? size : 0), d_v(a.d_v != nullptr ? size : 0);
   std::vector<double> d_sinks(parts.size() * group, 0.0);
-  int64_t batches = p.cu_q != nullptr ? 1 : p.sequences, bytes = batches * p.head_dim * sizeof(T);
+  int64_t bytes = p.batches() * p.head_dim * sizeof(T);
   if (a.d_q != nullptr) advise_huge_pages(a.d_q, bytes * p.tokens_q * p.heads);
   if (a.d_k != nullptr) advise_huge_pages(a.d_k, bytes * p.tokens_k * p.kv_heads);
   if (a.d_v != nullptr) advise_huge_pages(a.d_v, bytes * p.tokens_k * p.kv_heads);
@@ -365,7 +361,7 @@ void backward_typed(const Problem& p, const AttentionBackward& a) {
 }  // namespace
 }  // namespace attention
 
-void attention_bwd(const AttentionProblem& p, DType dtype, const AttentionBackward& a) {
-  with_dtype(dtype,
-             [&](auto tag) { attention::backward_typed<decltype(tag)>(attention::Problem(p), a); });
+void attention_bwd(const AttentionProblem& problem, DType dtype, const AttentionBackward& a) {
+  attention::Problem p(problem);
+  with_dtype(dtype, [&](auto tag) { attention::backward_typed<decltype(tag)>(p, a); });
 }

@@ -23,8 +23,18 @@ inline vf exp2_small(vf x) {
   return p * bit_cast<vf>(bit_cast<vu>(shifted) << 23);
 }
 
-// e^x by the above; the rounding of x log2(e) adds |x| / 2 ulp.
+// e^x from the above; rounding x log2(e) adds up to |x| / 2 ulp.
 inline vf exp_small(vf x) { return exp2_small(x * 1.44269504088896340736f); }
+
+// x, opaque to the compiler: a product is rounded here instead of fused with what follows.
+inline vf rounded(vf x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
 
 // a0 b0 a1 b1 ...: the low half of two vectors riffled into one, and the high half.
 #if defined(__AVX512F__)
