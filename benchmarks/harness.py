@@ -130,6 +130,8 @@ class Job:
 
 def check(name: str, actual: Outputs, eager: Outputs, truth: Outputs, peer_bound: float) -> None:
     """Ours by the tolerance rule; a peer by its stated bound. Raises AssertionError."""
+    if name in OURS and actual.keys() != truth.keys():
+        raise AssertionError(f"expected outputs {sorted(truth)}, got {sorted(actual)}")
     for key, value in actual.items():
         if name in OURS:
             testing.assert_close(value, eager[key], truth[key], name=key)

@@ -32,6 +32,7 @@ list(SORT built COMPARE NATURAL)
 list(GET built -1 newest)
 list(APPEND flags -gencode=arch=compute_${newest},code=compute_${newest})
 
+file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS csrc/cuda/*.h csrc/cuda/*.cuh)
 set(objects "")
 foreach(source IN LISTS CUDA_SOURCES)
   get_filename_component(stem ${source} NAME_WE)
@@ -40,7 +41,7 @@ foreach(source IN LISTS CUDA_SOURCES)
     OUTPUT ${object}
     COMMAND ${NVCC} -O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden -cudart=static
             --compiler-bindir=${CMAKE_CXX_COMPILER} -Xptxas=-v ${flags} -c ${source} -o ${object}
-    DEPENDS ${source}
+    DEPENDS ${source} ${CUDA_HEADERS}
     VERBATIM)
   list(APPEND objects ${object})
 endforeach()
@@ -53,7 +54,7 @@ set(cuda_root "${CMAKE_MATCH_1}")
 find_library(CUDART_STATIC cudart_static
              HINTS ${cuda_root} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
 if(CUDART_STATIC)
-  add_library(_cuda MODULE ${objects})
+  add_library(_cuda MODULE EXCLUDE_FROM_ALL ${objects})  # its failure must not cost the CPU code
   set_source_files_properties(${objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
   find_package(Threads REQUIRED)
   target_link_libraries(_cuda PRIVATE ${CUDART_STATIC} Threads::Threads ${CMAKE_DL_LIBS} rt)

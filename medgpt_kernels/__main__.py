@@ -59,7 +59,7 @@ def report() -> int:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in registry.operators.values():
         for device in devices:
-            name, _, reasons = registry.select(operator, device)
+            name, reasons = registry.select(operator, device)
             why = f"   not {'; not '.join(reasons)}" if reasons else ""
             print(f"  {operator.name:20} {device:5} {name}{why}")
     return 0
@@ -72,7 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="run every op x dtype x backend against its reference (about half a minute)",
     )
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--aot",
+        action="store_true",
+        help="compile every Triton kernel for every card and print the table (minutes)",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.aot:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.aot:
+        from medgpt_kernels import aot
+
+        return aot.main(rest)
     if arguments.selftest:
         from medgpt_kernels import selftest
 

@@ -66,6 +66,7 @@ class AotKernel(NamedTuple):
     options: dict[str, Any]  # num_warps, num_stages
     products: str  # one of PRODUCTS
     quick: bool  # in the bounded part of the gate
+    cards: tuple[str, ...] = tuple(CARDS)  # those whose launcher would choose this configuration
 
 
 class Report(NamedTuple):
@@ -83,7 +84,12 @@ class Report(NamedTuple):
 
 
 def record(
-    variant: str, call: Callable[[], Any], products: dict[str, str], *, quick: bool = False
+    variant: str,
+    call: Callable[[], Any],
+    products: dict[str, str],
+    *,
+    quick: bool = False,
+    cards: tuple[str, ...] = tuple(CARDS),
 ) -> Iterator[AotKernel]:
     """The launches that `call` makes, none of which is run.
 
@@ -92,6 +98,7 @@ def record(
         call: runs launchers on meta tensors.
         products: by kernel name, what it declares to multiply; others declare "none".
         quick: whether these belong to the bounded part.
+        cards: for which of CARDS the launchers chose their configurations.
     """
     import triton
 
@@ -111,9 +118,8 @@ def record(
         name = fn.__name__
         options = {k: v for k, v in arguments.items() if k not in fn.arg_names}
         arguments = {k: arguments[k] for k in fn.arg_names}
-        yield AotKernel(
-            f"{name}[{variant}]", fn, arguments, options, products.get(name, "none"), quick
-        )
+        declared = products.get(name, "none")
+        yield AotKernel(f"{name}[{variant}]", fn, arguments, options, declared, quick, cards)
 
 
 def _specialise(param, value, card: Card) -> tuple[str, Any]:
@@ -268,16 +274,20 @@ def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
     if modules is None:
         folders = sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
         modules = [f"medgpt_kernels.{op}.triton" for op in folders]
-    found, seen = {}, set()
+    found, seen = {}, {}
     for module in modules:
         for kernel in importlib.import_module(module).aot_kernels():
             key = identity(kernel)
-            if key not in seen:
-                seen.add(key)
-                name, number = kernel.name, 2
-                while name in found:
-                    name, number = f"{kernel.name[:-1]}-{number}]", number + 1
-                found[name] = kernel._replace(name=name)
+            if key in seen:
+                same = found[seen[key]]
+                cards = tuple(dict.fromkeys(same.cards + kernel.cards))
+                found[same.name] = same._replace(cards=cards, quick=same.quick or kernel.quick)
+                continue
+            name, number = kernel.name, 2
+            while name in found:
+                name, number = f"{kernel.name[:-1]}-{number}]", number + 1
+            seen[key] = name
+            found[name] = kernel._replace(name=name)
     return found
 
 
@@ -289,10 +299,10 @@ def _start_worker(path: list[str]) -> None:
     sys.path[:] = path
 
 
-def _list_job(modules: tuple[str, ...] | None) -> list[tuple[str, bool]]:
+def _list_job(modules: tuple[str, ...] | None) -> list[tuple[str, str, bool]]:
     if modules not in _listed:
         _listed[modules] = kernels(modules)
-    return [(name, kernel.quick) for name, kernel in _listed[modules].items()]
+    return [(k.name, card, k.quick) for k in _listed[modules].values() for card in k.cards]
 
 
 def _compile_job(modules: tuple[str, ...] | None, name: str, card: str) -> Report:
@@ -331,9 +341,13 @@ class Gate:
         finally:
             self._pools.put(pool)
 
+    def jobs(self) -> list[tuple[str, str, bool]]:
+        """Every kernel's name and each of its cards, and whether it is in the bounded part."""
+        return self._in_worker(_list_job)
+
     def names(self) -> list[tuple[str, bool]]:
         """Every kernel's name, and whether it is in the bounded part."""
-        return self._in_worker(_list_job)
+        return list(dict.fromkeys((name, quick) for name, _, quick in self.jobs()))
 
     def submit(self, name: str, card: str) -> "Future[Report]":
         """Compile one kernel for one card; the Report comes when a worker is free."""
@@ -375,8 +389,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     gate = Gate(options.processes)
     try:
-        chosen = [n for n, q in gate.names() if options.k in n and (q or not options.quick)]
-        waiting = [gate.submit(name, card) for name in chosen for card in options.card]
+        waiting = [
+            gate.submit(name, card)
+            for name, card, quick in gate.jobs()
+            if options.k in name and card in options.card and (quick or not options.quick)
+        ]
         reports = [w.result() for w in waiting]
     finally:
         gate.close()

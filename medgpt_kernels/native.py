@@ -40,7 +40,11 @@ def cpu_library(isa: str):
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets that this machine has and this build covers, best first."""
-    return tuple(_bindings().supported_isas())
+    built = {p.stem.removeprefix("_cpu_") for p in Path(__file__).parent.glob("_cpu_*.so")}
+    isas = tuple(isa for isa in _bindings().supported_isas() if isa in built)
+    if not isas:
+        raise Unsupported(build_info())
+    return isas
 
 
 def cpu():

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _library = torch.library.Library("medgpt_kernels", "DEF")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, ...]] = set()
 
 
 class Unsupported(Exception):
@@ -36,26 +36,24 @@ class Operator:
 
     name: str
     modules: dict[str, str]
-    loaded: dict[str, Callable | Unsupported] = field(default_factory=dict)
+    loaded: dict[str, Callable | str] = field(default_factory=dict)  # a text: why it is not there
 
     def kernel(self, backend_name: str) -> Callable:
         """The function of one backend. Raises Unsupported with the reason it is not there."""
         if backend_name not in self.loaded:
             self.loaded[backend_name] = self._load(backend_name)
         found = self.loaded[backend_name]
-        if isinstance(found, Unsupported):
-            raise found
+        if isinstance(found, str):  # raised anew: a kept exception would keep every call's tensors
+            raise Unsupported(found)
         return found
 
-    def _load(self, backend_name: str) -> Callable | Unsupported:
+    def _load(self, backend_name: str) -> Callable | str:
         if backend_name not in self.modules:
-            return Unsupported(f"{self.name} has no {backend_name} backend")
+            return f"{self.name} has no {backend_name} backend"
         try:
             return getattr(importlib.import_module(self.modules[backend_name]), self.name)
-        except ImportError as error:
-            return Unsupported(str(error))
-        except Unsupported as reason:
-            return reason
+        except (ImportError, Unsupported) as reason:
+            return str(reason)
 
 
 operators: dict[str, Operator] = {}
@@ -91,7 +89,11 @@ def chosen_backend() -> str | None:
 
 
 def strict() -> bool:
-    return os.environ.get("MEDGPT_KERNELS_STRICT", "0") == "1"
+    """MEDGPT_KERNELS_STRICT, which is 0 or 1."""
+    value = os.environ.get("MEDGPT_KERNELS_STRICT", "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"MEDGPT_KERNELS_STRICT: expected 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def candidates(device_type: str) -> tuple[str, ...]:
@@ -103,51 +105,62 @@ def candidates(device_type: str) -> tuple[str, ...]:
     return ("reference",)
 
 
-def select(operator: Operator, device_type: str) -> tuple[str, Callable, list[str]]:
-    """The backend that serves a device type now, its function, and why no faster one does."""
+def _order(device_type: str) -> tuple[str, ...]:
+    """Backends to try, fastest first; the one asked for, alone; the reference last."""
     wanted = chosen_backend()
-    order = (wanted, "reference") if wanted else candidates(device_type)
+    return tuple(dict.fromkeys((wanted, "reference") if wanted else candidates(device_type)))
+
+
+def _kernel(operator: Operator, device_type: str, name: str) -> Callable:
+    # Triton's interpreter takes CPU tensors; its modules say themselves when it is off.
+    fits = name in candidates(device_type) or (name, device_type) == ("triton", "cpu")
+    if not fits:
+        raise Unsupported(f"the {name} backend takes no tensors on {device_type or 'this device'}")
+    return operator.kernel(name)
+
+
+def select(operator: Operator, device_type: str) -> tuple[str, list[str]]:
+    """The backend that serves a device type now, and why no faster one does."""
     reasons = []
-    for name in dict.fromkeys(order):
+    for name in _order(device_type):
         try:
-            return name, operator.kernel(name), reasons
+            _kernel(operator, device_type, name)
+            return name, reasons
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
     raise BackendError(f"{operator.name}: no backend for {device_type} ({'; '.join(reasons)})")
 
 
-def _fall_back(operator: Operator, name: str, reason: str) -> None:
+def dispatch(operator: Operator, device_type: str, args: tuple):
+    """Run the operator with the fastest backend that can serve this call.
+
+    Where only the reference is left although another backend was asked for, failed to load or
+    refused this call, one warning says why, or MEDGPT_KERNELS_STRICT=1 makes it an error.
+    """
+    reasons = {}
+    for name in _order(device_type):
+        try:
+            kernel = _kernel(operator, device_type, name)
+            if name == "reference" and reasons:
+                _fall_back(operator, reasons)
+            return kernel(*args)
+        except Unsupported as reason:
+            if chosen_backend() or name in operator.modules:
+                reasons[name] = str(reason)
+    raise BackendError(f"{operator.name}: no backend for {device_type} ({reasons})")
+
+
+def _fall_back(operator: Operator, reasons: dict[str, str]) -> None:
     """Say once that the reference takes over, or raise under MEDGPT_KERNELS_STRICT=1."""
-    text = f"{operator.name}: the {name} backend cannot serve this call ({reason})"
+    text = f"{operator.name}: " + "; ".join(
+        f"the {name} backend cannot serve this call ({reason})" for name, reason in reasons.items()
+    )
     if strict():
         raise BackendError(text)
-    key = (operator.name, name, reason)
+    key = (operator.name, *reasons)
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"{text}; the reference takes over", stacklevel=3)
-
-
-def _absent(operator: Operator, device_type: str, name: str, reasons: list[str]) -> None:
-    """A missing backend is worth a word where it was asked for, or where only reference is left."""
-    missing = [r for r in reasons if chosen_backend() or "has no" not in r]
-    if missing and name == "reference":
-        _fall_back(operator, missing[0].split(":")[0], "; ".join(missing))
-
-
-def dispatch(operator: Operator, device_type: str, args: tuple):
-    """Run the operator with the fastest backend that can serve this call."""
-    name, kernel, reasons = select(operator, device_type)
-    if reasons:
-        _absent(operator, device_type, name, reasons)
-    try:
-        return kernel(*args)
-    except Unsupported as reason:
-        _fall_back(operator, name, str(reason))
-    for other in candidates(device_type):
-        if other not in (name, "reference") and chosen_backend() is None:
-            with contextlib.suppress(Unsupported):
-                return operator.kernel(other)(*args)
-    return operator.kernel("reference")(*args)
+        warnings.warn(f"{text}; the reference takes over", stacklevel=2)
 
 
 def register(
@@ -178,11 +191,32 @@ def register(
     if "!" not in schema:
         torch.library.register_autograd(
             f"medgpt_kernels::{name}",
-            backward or _no_gradient(name),
-            setup_context=setup_context,
+            _with_the_forwards_backend(backward) if backward else _no_gradient(name),
+            setup_context=_keeping_the_backend(setup_context),
             lib=_library,
         )
     return getattr(torch.ops.medgpt_kernels, name).default
+
+
+def _keeping_the_backend(setup_context: Callable | None) -> Callable:
+    """Note which backend the forward was narrowed to: autograd's threads cannot see it."""
+
+    def setup(ctx, inputs, output):
+        ctx.chosen_backend = chosen_backend()
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _with_the_forwards_backend(backward: Callable) -> Callable:
+    def run(ctx, *grads):
+        if ctx.chosen_backend is None or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        with backend(ctx.chosen_backend):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def _no_gradient(name: str) -> Callable:
@@ -196,6 +230,9 @@ def _no_gradient(name: str) -> Callable:
 
 def _bind(operator: Operator, device_type: str) -> Callable:
     def kernel(*args):
+        if device_type and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):  # the public function has cast
+                return dispatch(operator, device_type, args)
         return dispatch(operator, device_type, args)
 
     return kernel

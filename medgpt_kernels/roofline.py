@@ -87,6 +87,37 @@ def bound_seconds(cost: Cost, roofs: Roofs, dtype: torch.dtype = torch.float32) 
     return max(cost.bytes / roofs.copy_gbs, cost.flops / roofs.gemm_gflops[dtype]) / 1e9
 
 
+def attention_cost(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    window: int = 0,
+    dtype: torch.dtype = torch.float32,
+    backward: bool = False,
+) -> Cost:
+    """One causal sequence: q, k, v read and out written once; gradients too in the backward.
+
+    Args:
+        window: keys a query sees, itself included; 0 for all before it.
+        backward: the backward alone: five products for the forward's two.
+    """
+    seen = tokens * (tokens + 1) // 2
+    if 0 < window < tokens:
+        seen = window * (window + 1) // 2 + (tokens - window) * window
+    rows = tokens * head_dim * dtype.itemsize
+    flops = (5 if backward else 2) * 2 * seen * heads * head_dim
+    q_like, k_like = (4, 4) if backward else (2, 2)
+    return Cost(bytes=rows * (q_like * heads + k_like * kv_heads), flops=flops)
+
+
+def rotary_cost(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Cost:
+    """q and k of `heads` heads together, read and written once, and the two fp32 tables."""
+    elements = tokens * heads * head_dim
+    return Cost(bytes=2 * elements * dtype.itemsize + 4 * tokens * head_dim, flops=3 * elements)
+
+
 def percent_of_roof(
     cost: Cost, seconds: float, roofs: Roofs, dtype: torch.dtype = torch.float32
 ) -> float:

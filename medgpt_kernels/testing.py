@@ -150,8 +150,9 @@ def patch_interpreter_bf16() -> None:
     """Make Triton's interpreter compute in bf16 as hardware does.
 
     It keeps bf16 as raw bits, truncates fp32 to bf16 where hardware rounds to nearest even (half of
-    all values differ), and its dot multiplies the bits as integers. Called once in the process,
-    before a kernel runs under TRITON_INTERPRET=1; backend_modules does so.
+    all values differ), loses subnormals on the way back, and its dot multiplies the bits as
+    integers. Called once in the process, before a kernel runs under TRITON_INTERPRET=1;
+    backend_modules does so.
     """
     import numpy as np
     import triton.language as tl
@@ -170,12 +171,14 @@ def patch_interpreter_bf16() -> None:
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             nan = (bits & 0x7FFFFFFF) > 0x7F800000
             return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        if source.is_bf16() and target.is_fp32():
+            return np.ascontiguousarray(data).astype(np.uint32) << 16
         return convert_float(data, source, target, rounding_mode)
 
     def widen(handle):
         if not handle.dtype.scalar.is_bf16():
             return handle
-        bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+        bits = convert(handle.data, tl.bfloat16, tl.float32, None)
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     def dot(self, a, b, *rest):

@@ -18,6 +18,7 @@ def main(wheel: str) -> None:
         for command in (
             ["-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), wheel],
             ["-m", "medgpt_kernels"],
+            ["-c", "from medgpt_kernels import native; print(native.cpu().isa)"],
             ["-m", "medgpt_kernels", "--selftest"],
         ):
             arguments = [str(python), *command]

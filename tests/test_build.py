@@ -62,6 +62,31 @@ def test_from_nothing_and_again(sources, tmp_path):
     assert "built: cpu:baseline" in install(sources, tmp_path / "first")[1]
 
 
+def test_from_an_sdist(sources, tmp_path):
+    """The source archive holds everything a build needs."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=sources, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert "built: cpu:baseline" in install(archive, tmp_path / "out")[1]
+
+
+def test_nvcc_that_fails_costs_only_the_cuda_module(sources, tmp_path):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    real = shutil.which("nvcc")
+    if real is None:
+        pytest.skip("needs an nvcc to imitate")
+    script = f"""#!/bin/sh
+case "$*" in *-gencode*) exit 1;; *) exec {real} "$@";; esac
+"""
+    nvcc.write_text(script)
+    nvcc.chmod(0o755)
+    report = install(sources, tmp_path / "out", CUDA_HOME=str(tmp_path / "cuda"))[1]
+    assert "built: cpu:baseline" in report
+    assert "no CUDA module: nvcc failed" in report
+
+
 def test_without_nvcc(sources, tmp_path):
     path = tmp_path / "bin"
     path.mkdir()

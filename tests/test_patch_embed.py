@@ -1,6 +1,8 @@
 """patch_embed: every backend against fp64 by the tolerance rule, and against transformers."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import medgpt_kernels as mk
-from medgpt_kernels import testing
+from medgpt_kernels import registry, testing
 from medgpt_kernels.patch_embed import op, reference
 
 BACKENDS = [b for b in testing.backend_modules("patch_embed") if b != "reference"]
@@ -46,7 +48,9 @@ def make_parameters(width=40, patch_size=16, layout="linear", grid=4, rows=2, dt
     return [None if t is None else t.to(dtype) for t in (weight, bias, table, prefix)]
 
 
-def call(images, parameters, *, layout="linear", mode="bilinear_antialias", patch_size=16):
+def call(
+    images, parameters, *, layout="linear", mode="bilinear_antialias", patch_size=16, mean=MEAN
+):
     weight, bias, table, prefix = parameters
     return mk.patch_embed(
         images,
@@ -54,7 +58,7 @@ def call(images, parameters, *, layout="linear", mode="bilinear_antialias", patc
         bias,
         patch_size=patch_size,
         weight_layout=layout,
-        mean=MEAN,
+        mean=mean,
         std=STD,
         position_embedding=table,
         interpolation=mode,
@@ -170,7 +174,6 @@ def test_fp32_table_with_16_bit_weight(backend):
 
 
 def test_reference_gradcheck():
-    images = make_images([(4, 8), (8, 4)], 16, kind="float")
     images = mk.pack_images([torch.rand(3, 4, 6).double(), torch.rand(3, 2, 4).double()])
     for layout, mode in itertools.product(op.WEIGHT_LAYOUTS, op.INTERPOLATIONS):
         parameters = leaves(make_parameters(3, 2, layout, grid=3, rows=1), torch.float64)
@@ -392,7 +395,7 @@ def test_every_isa_rounds_alike(dtype):
         assert torch.equal(narrow[keep].view(torch.int16), expected[keep].view(torch.int16))
 
 
-@backends
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_autocast_casts_the_weights(backend):
     weight, bias, table, prefix = make_parameters()
     images = make_images()
@@ -441,11 +444,70 @@ def test_strided_weight(backend):
     assert torch.equal(expected.tokens, found.tokens)
 
 
+@backends
+def test_many_small_images(backend):
+    sizes = [(16 * h, 16 * w) for h in (1, 2) for w in (1, 3)] * 65
+    check(backend, make_images(sizes, 2), make_parameters(16, 2, grid=0, rows=1), patch_size=2)
+
+
+@backends
+def test_expanded_gradient(backend):
+    """The gradient of a sum has no memory of its own: all strides are zero."""
+    images, parameters = make_images(kind="float"), make_parameters(width=24)
+    expanded = torch.tensor(0.5).expand(24, 24)
+    _, found = run(backend, images, parameters, expanded)
+    _, expected = run(backend, images, parameters, expanded.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_offsets_past_32_bits(backend, monkeypatch):
+    from medgpt_kernels.patch_embed import triton_fwd
+
+    images, parameters = make_images(kind="float"), make_parameters()
+    d_tokens = torch.randn(24, 40)
+    narrow, narrow_grads = run(backend, images, parameters, d_tokens)
+    monkeypatch.setattr(triton_fwd, "INT32_ELEMENTS", 1)
+    wide, wide_grads = run(backend, images, parameters, d_tokens)
+    assert torch.equal(narrow.tokens, wide.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(narrow_grads, wide_grads, strict=True))
+
+
+@pytest.mark.skipif(testing.interpreting(), reason="CPU tensors are served there")
+def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+    with (
+        mk.backend("triton"),
+        pytest.raises(registry.BackendError, match="CPU tensors only under TRITON_INTERPRET=1"),
+    ):
+        call(make_images(), make_parameters())
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_triton_refuses_fp64(backend, monkeypatch):
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+    with mk.backend(backend), pytest.raises(registry.BackendError, match="float64 in Triton"):
+        call(make_images(), make_parameters(dtype=torch.float64))
+
+
+def test_an_absent_compiler_is_the_reason_its_backend_is_absent():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from medgpt_kernels import registry\n"
+        "try: registry.operators['patch_embed_fwd'].kernel('triton')\n"
+        "except registry.Unsupported as reason: assert 'triton' in str(reason), reason\n"
+        "else: raise SystemExit('it was there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # Negative controls: the rule must notice each of these
 
 
 @pytest.mark.parametrize(
-    "wrong", ["mean", "bias", "layout", "transposed_table", "interpolation", "next_patch"]
+    "wrong", ["weight", "mean", "bias", "layout", "transposed_table", "interpolation", "next_patch"]
 )
 def test_the_rule_notices(wrong):
     images, parameters = make_images(), make_parameters(layout="conv", rows=0)
@@ -456,8 +518,11 @@ def test_the_rule_notices(wrong):
         call(images, parameters, layout="conv", mode="bicubic").tokens, eager, truth
     )
     mode, layout = "bicubic", "conv"
-    if wrong == "mean":
+    mean = MEAN
+    if wrong == "weight":
         weight = weight + 1e-4
+    elif wrong == "mean":
+        mean = [m + 1 / 255 for m in MEAN]
     elif wrong == "bias":
         bias = None
     elif wrong == "layout":
@@ -466,7 +531,8 @@ def test_the_rule_notices(wrong):
         table = table.transpose(0, 1).contiguous()
     elif wrong == "interpolation":
         mode = "bicubic_antialias"
-    tokens = call(images, [weight, bias, table, None], layout=layout, mode=mode).tokens
+    parameters = [weight, bias, table, None]
+    tokens = call(images, parameters, layout=layout, mode=mode, mean=mean).tokens
     if wrong == "next_patch":
         tokens = tokens.roll(1, 0)
     with pytest.raises(testing.ToleranceError):
@@ -535,7 +601,10 @@ def bad(**changes):
         ({"position_embedding": torch.zeros(16, 40)}, r"\[G, G, 40\], got \[16, 40\]"),
         ({"position_embedding": torch.zeros(4, 4, 40).half()}, "position_embedding of"),
         ({"prefix": torch.zeros(40)}, r"prefix \[R, 40\]"),
-        ({"mean": [0.5]}, "mean of 3 floats"),
+        ({"mean": [0.5]}, "mean of 3 finite floats"),
+        ({"mean": [float("nan")] * 3}, "mean of 3 finite floats"),
+        ({"patch_size": 16.0}, "a whole patch_size"),
+        ({"images": make_images()._replace(pixels=torch.zeros(9))}, "pixels .* for these sizes"),
         ({"std": [0.5, 0.5, 0.0]}, "std above 0"),
     ],
 )  # fmt: skip
@@ -608,3 +677,51 @@ def test_compiled_call_refuses_sizes_that_do_not_fit():
     step(make_images([(32, 48), (16, 16)]))
     with pytest.raises((RuntimeError, ValueError), match="multiples of patch_size"):
         step(make_images([(32, 40), (16, 16)]))
+
+
+def test_operator_refuses_sizes_that_leave_the_buffer():
+    """The operator itself, past the public checks: what a compiled graph on the CPU would call."""
+    images, weight = make_images([(16, 16), (16, 16)]), make_parameters()[0]
+    for sizes in ([[15, 16], [16, 32]], [[-16, -16], [16, 16]], [[31, 31], [16, 16]]):
+        with pytest.raises(ValueError, match="multiples of patch_size 16, image 0"):
+            torch.ops.medgpt_kernels.patch_embed_fwd(
+                images.pixels, torch.tensor(sizes, dtype=torch.int32), weight, None, None, None,
+                16, "linear", "bicubic", MEAN, STD,
+            )  # fmt: skip
+
+
+@backends
+def test_infinite_table_cells_stay_where_they_are(backend):
+    weight, bias, table, _ = make_parameters(grid=4, rows=0)
+    table[0, 0] = float("inf")
+    for name in (backend, "reference"):
+        with mk.backend(name):
+            tokens = call(make_images([(64, 64)]), [weight, bias, table, None]).tokens
+        assert not tokens[0].isfinite().any()
+        assert tokens[1:].isfinite().all()
+
+
+def test_strided_parameters_on_the_reference():
+    weight, bias, table, prefix = make_parameters(width=24)
+    strided = [weight.T.contiguous().T, bias, table.transpose(0, 1).contiguous().transpose(0, 1)]
+    images = make_images([(32, 16), (16, 16)])
+    arguments = (images.pixels, images.sizes, *strided, prefix, 16, "linear", "bicubic", MEAN, STD)
+    with mk.backend("reference"):
+        torch.library.opcheck(
+            torch.ops.medgpt_kernels.patch_embed_bwd.default,
+            (torch.randn(7, 24), *arguments, [True, True, True, True, False]),
+        )
+
+
+def test_one_and_two_threads_agree_bitwise():
+    before = torch.get_num_threads()
+    images, parameters = make_images(), make_parameters()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(run("cpu", images, parameters, torch.ones(24, 40)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0].tokens, found[1][0].tokens)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))

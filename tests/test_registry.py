@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ def operator():
             raise registry.Unsupported("x is None")
         return "cpu"
 
-    made = registry.Operator("made_up", {})
+    modules = {name: f"made_up.{name}" for name in ("reference", "cpu", "triton")}
+    made = registry.Operator("made_up", modules)
     made.loaded = {"reference": reference, "cpu": cpu}
+    made.loaded["cuda"] = "made_up has no cuda backend"
+    made.loaded["triton"] = "made_up.triton is not installed"
     registry._warned.clear()
     return made
 
@@ -73,10 +77,72 @@ def test_unsupported_call_raises_when_strict(operator, monkeypatch):
 def test_missing_backend_asked_for_by_name(operator, monkeypatch):
     with mk.backend("cuda"):
         with pytest.warns(UserWarning, match="made_up has no cuda backend"):
+            assert registry.dispatch(operator, "cuda", (1,)) == "reference"
+        registry._warned.clear()
+        with pytest.warns(UserWarning, match="the cuda backend takes no tensors on cpu"):
             assert registry.dispatch(operator, "cpu", (1,)) == "reference"
         monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
         with pytest.raises(registry.BackendError, match="no cuda backend"):
-            registry.dispatch(operator, "cpu", (1,))
+            registry.dispatch(operator, "cuda", (1,))
+
+
+def test_backend_of_another_device_never_gets_the_tensors(operator):
+    with mk.backend("cpu"), pytest.warns(UserWarning, match="takes no tensors on cuda"):
+        assert registry.dispatch(operator, "cuda", (1,)) == "reference"
+
+
+def test_next_backend_serves_before_the_reference(operator, recwarn, monkeypatch):
+    def refuse(x):
+        raise registry.Unsupported("not today")
+
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+    operator.loaded |= {"cuda": refuse, "triton": lambda x: "triton"}
+    assert registry.dispatch(operator, "cuda", (1,)) == "triton"
+    assert len(recwarn) == 0
+
+
+def test_strict_is_zero_or_one(monkeypatch):
+    monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "true")
+    with pytest.raises(ValueError, match="expected 0 or 1, got 'true'"):
+        registry.strict()
+
+
+def test_a_missing_backend_keeps_no_tensor_alive():
+    import gc
+    import weakref
+
+    operator = registry.Operator("leaky", {"cpu": "medgpt_kernels.no_such_module"})
+    operator.loaded["reference"] = lambda x: None
+    seen = []
+    for _ in range(5):
+        x = torch.zeros(3)
+        seen.append(weakref.ref(x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            registry.dispatch(operator, "cpu", (x,))
+    del x
+    gc.collect()
+    assert [r for r in seen if r() is not None] == []
+
+
+def test_backward_follows_the_forwards_backend():
+    """Outside the block, and so in autograd's own threads on a GPU."""
+    operator = registry.operators["patch_embed_bwd"]
+    calls = []
+    kernel = operator.kernel("reference")
+    operator.loaded["reference"] = lambda *a: calls.append(1) or kernel(*a)
+    try:
+        weight = torch.ones(2, 768, requires_grad=True)
+        images = mk.pack_images([torch.ones(16, 16, 3, dtype=torch.uint8)])
+        with mk.backend("reference"):
+            out = mk.patch_embed(
+                images, weight, None, patch_size=16, weight_layout="linear",
+                mean=[0.5] * 3, std=[0.5] * 3,
+            )  # fmt: skip
+        out.tokens.sum().backward()
+    finally:
+        operator.loaded["reference"] = kernel
+    assert calls == [1]
 
 
 def test_every_operator_has_its_functions():

@@ -38,6 +38,11 @@ struct Layout {
   explicit Layout(const Problem& p) : first_patch{0}, first_element{0} {
     for (int64_t n = 0; n < p.images; n++) {
       int64_t h = p.sizes[2 * n], w = p.sizes[2 * n + 1];
+      if (h < p.patch_size || w < p.patch_size || h % p.patch_size || w % p.patch_size)
+        throw std::invalid_argument(
+            "patch_embed: expected sides that are multiples of patch_size " +
+            std::to_string(p.patch_size) + ", image " + std::to_string(n) + " is " +
+            std::to_string(h) + "x" + std::to_string(w));
       grid_h.push_back(h / p.patch_size);
       grid_w.push_back(w / p.patch_size);
       first_patch.push_back(first_patch.back() + grid_h.back() * grid_w.back());

@@ -4,6 +4,7 @@ N images, T patches in all, R prefix rows an image, total = T + N R tokens, P pa
 G side of the position table, C = 3 channels.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def pack_images(images: Sequence[Any], *, device: torch.device | str | None = No
     else:
         sizes = [(t.shape[1], t.shape[2]) for t in tensors]
     pixels = torch.cat([t.reshape(-1) for t in tensors])
-    sizes_host = torch.tensor(sizes, dtype=torch.int32)
+    sizes_host = torch.tensor(sizes, dtype=torch.int32, device="cpu")
     packed = PackedImages(
         pixels=pixels,
         sizes=sizes_host.to(pixels.device),
@@ -187,9 +188,11 @@ def patch_embed(
             are asserted on the device instead).
     """
     device_type = images.pixels.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         weight, bias, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, prefix))
+        if position_embedding is not None and position_embedding.dtype != dtype:
+            position_embedding = position_embedding.float()
     _check_arguments(
         images, weight, bias, patch_size, weight_layout, mean, std,
         position_embedding, interpolation, prefix,
@@ -229,15 +232,40 @@ def _check_arguments(
         f"interpolation one of {', '.join(INTERPOLATIONS)}",
         repr(interpolation),
     )
-    expect(patch_size >= 1, "patch_size >= 1", patch_size)
+    expect(
+        isinstance(patch_size, (int, torch.SymInt)) and patch_size >= 1,
+        "a whole patch_size >= 1",
+        repr(patch_size),
+    )
+    for name in ("sizes", "sizes_host"):
+        t = getattr(images, name)
+        expect(
+            t.dtype == torch.int32 and t.shape == (images.sizes_host.shape[0], 2),
+            f"{name} int32 [N, 2]",
+            f"{t.dtype} {list(t.shape)}",
+        )
     for name, values in (("mean", mean), ("std", std)):
-        expect(len(values) == CHANNELS, f"{name} of {CHANNELS} floats", list(values))
+        expect(
+            isinstance(values, Sequence)
+            and len(values) == CHANNELS
+            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values),
+            f"{name} of {CHANNELS} finite floats",
+            repr(values),
+        )
     expect(all(s > 0 for s in std), "std above 0", list(std))
     if torch.compiler.is_compiling():
         fits = (images.sizes % patch_size == 0).all()
         torch._assert_async(fits, "patch_embed: expected image sides in multiples of patch_size")
-    elif (images.sizes_host.numpy() % patch_size).any():
-        _refuse_sizes(images.sizes_host, patch_size)
+    else:
+        sizes = images.sizes_host.numpy()
+        if (sizes % patch_size).any() or (sizes < patch_size).any():
+            _refuse_sizes(images.sizes_host, patch_size)
+        elements = CHANNELS * int(sizes.astype(np.int64).prod(1).sum())
+        expect(
+            images.pixels.shape == (elements,),
+            f"pixels [{elements}] for these sizes",
+            list(images.pixels.shape),
+        )
     expect(
         weight.dtype.is_floating_point and weight.ndim in (2, 4),
         "a float weight [D, P P 3] or [D, 3, P, P]",

@@ -46,10 +46,12 @@ def axis_matrix(out: int, cells: int, mode: str, device: torch.device | None = N
 
 def resize_table(table: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
     """table [G, G, D] -> [height, width, D], computed in fp32 (fp64 for fp64)."""
-    wide = table if table.dtype == torch.float64 else table.float()
-    rows = axis_matrix(height, table.shape[0], mode, table.device).to(wide.dtype)
-    columns = axis_matrix(width, table.shape[1], mode, table.device).to(wide.dtype)
-    return torch.einsum("yg,xh,ghd->yxd", rows, columns, wide)
+    resized = table if table.dtype == torch.float64 else table.float()
+    for axis, length in enumerate((height, width)):
+        if length != table.shape[axis]:  # an equal axis is used as it is, infinities and all
+            weights = axis_matrix(length, table.shape[axis], mode, table.device).to(resized.dtype)
+            resized = torch.tensordot(weights, resized, dims=([1], [axis])).movedim(0, axis)
+    return resized
 
 
 def extract_patches(image: torch.Tensor, patch_size: int, weight_layout: str) -> torch.Tensor:
@@ -124,6 +126,10 @@ def patch_embed_fwd(
     return torch.cat(tokens), *(t.to(torch.int32).to(pixels.device) for t in integers)
 
 
+def _zeros(like: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if like is None else torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
 def patch_embed_bwd(
     d_tokens,
     pixels,
@@ -142,11 +148,9 @@ def patch_embed_bwd(
     rows = 0 if prefix is None else prefix.shape[0]
     flat = weight.flatten(1)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    d_weight, d_bias = torch.zeros_like(flat, dtype=wide), flat.new_zeros(len(flat), dtype=wide)
-    d_table = (
-        None if position_embedding is None else torch.zeros_like(position_embedding, dtype=wide)
-    )
-    d_prefix = None if prefix is None else torch.zeros_like(prefix, dtype=wide)
+    d_weight, d_bias = _zeros(flat, wide), flat.new_zeros(len(flat), dtype=wide)
+    d_table = _zeros(position_embedding, wide)
+    d_prefix = _zeros(prefix, wide)
     d_pixels, start = [], 0
     for image in unpack(pixels, sizes.tolist()):
         h, w = image.shape[1] // patch_size, image.shape[2] // patch_size

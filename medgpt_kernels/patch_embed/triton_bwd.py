@@ -28,7 +28,7 @@ from medgpt_kernels.patch_embed.triton_fwd import (
 )
 from medgpt_kernels.registry import Unsupported
 
-# tiles by bits of the weight's dtype
+# tiles by bits of the weight's dtype, as in triton_fwd.py
 WEIGHT_CONFIGS = {
     16: {
         "BLOCK_T": 32,
@@ -40,11 +40,11 @@ WEIGHT_CONFIGS = {
     },
     32: {
         "BLOCK_T": 16,
-        "BLOCK_D": 64,
-        "BLOCK_K": 64,
+        "BLOCK_D": 32,
+        "BLOCK_K": 128,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": 4,
+        "num_stages": 1,
     },
 }
 PIXEL_CONFIGS = {
@@ -57,11 +57,11 @@ PIXEL_CONFIGS = {
         "num_stages": 3,
     },
     32: {
-        "BLOCK_T": 64,
+        "BLOCK_T": 32,
         "BLOCK_D": 16,
         "BLOCK_K": 128,
         "INPUT_PRECISION": "ieee",
-        "num_warps": 8,
+        "num_warps": 4,
         "num_stages": 2,
     },
 }

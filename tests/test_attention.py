@@ -1,0 +1,410 @@
+"""attention: every backend against fp64 by the tolerance rule, and against transformers."""
+
+import itertools
+
+import pytest
+import torch
+
+import medgpt_kernels as mk
+from medgpt_kernels import testing
+
+BACKENDS = [b for b in testing.backend_modules("attention") if b != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPEN, WINDOW = (-1, -1), (7, 0)
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+
+def make(
+    len_q=33, len_k=None, *, heads=16, kv_heads=4, head_dim=64, dtype=torch.float32, batch=0, draw=0
+):
+    """q, k, v with outlier channels, scores within about 20 and sinks as trained ones have them.
+
+    Many heads: the rule compares error norms, and those of four sinks would be four draws of luck.
+    """
+    len_k = len_q if len_k is None else len_k
+    lead = (batch,) if batch else ()
+    q = testing.realistic(*lead, len_q, heads, head_dim, seed=10 * draw + 1, outliers=1) * 0.1
+    k = testing.realistic(*lead, len_k, kv_heads, head_dim, seed=10 * draw + 2, outliers=0)
+    v = testing.realistic(*lead, len_k, kv_heads, head_dim, seed=10 * draw + 3, outliers=1)
+    sinks = torch.linspace(-2, 4, heads)
+    return [t.to(dtype) for t in (q, k, v)] + [sinks]
+
+
+def cu(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def outputs(backend, tensors, compute=None, with_lse_gradient=True, **options):
+    """out, lse and the gradients of every input; inputs as rounded, computed in `compute`."""
+    leaves = [
+        None if t is None else t.detach().to(compute or t.dtype).requires_grad_() for t in tensors
+    ]
+    q, k, v, sinks = leaves
+    with mk.backend(backend), testing.poisoned_empty():
+        out, lse = mk.attention(q, k, v, sinks=sinks, return_lse=True, **options)
+        d_out = testing.realistic(*out.shape, dtype=tensors[0].dtype, seed=4, outliers=0)
+        d_out = d_out.to(out.dtype)
+        d_lse = torch.linspace(-1, 1, lse.numel()).view(lse.shape).to(lse.dtype)
+        finite = lse.detach().isfinite()
+        losses, seeds = [out], [d_out]
+        if with_lse_gradient and finite.all():
+            losses, seeds = [out, lse], [d_out, d_lse]
+        wanted = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(losses, wanted, seeds)
+    names = ["d_q", "d_k", "d_v", "d_sinks"][: len(grads)]
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def check(backend, tensors, *more_draws, **options):
+    """Hold every output to the rule; short inputs come in several draws, whose errors are pooled.
+
+    The rule compares two error norms. Those of a few dozen rows with an outlier are luck, and the
+    eager one as often exceeds twice the kernel's as the other way round.
+    """
+    draws = [tensors, *more_draws]
+    truth, eager, actual = (
+        [outputs(name, t, compute, **options) for t in draws]
+        for name, compute in (("reference", torch.float64), ("reference", None), (backend, None))
+    )
+    for name in truth[0]:
+        pooled = [torch.cat([o[name].flatten() for o in found]) for found in (actual, eager, truth)]
+        extra = 2 if name == "d_sinks" else 0
+        testing.assert_close(*pooled, name=name, extra_ulp=extra)
+    return actual[0]
+
+
+# Forward and backward
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("window", [OPEN, WINDOW], ids=["full", "window"])
+def test_packed(backend, dtype, window):
+    check(backend, make(dtype=dtype), cu_seqlens_q=cu(20, 1, 0, 12), window_size=window)
+
+
+@backends
+@dtypes
+def test_rotary_gives_gradients_of_the_unrotated(backend, dtype):
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    check(backend, make(dtype=dtype), cu_seqlens_q=cu(20, 13), window_size=WINDOW, rotary=rotary)
+
+
+@backends
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [OPEN, (5, 3), (0, 0)], ids=["full", "window", "self"])
+def test_batched(backend, causal, window):
+    check(backend, make(19, batch=2), causal=causal, window_size=window)
+
+
+@backends
+@pytest.mark.parametrize("head_dim", [32, 72, 80, 128])
+def test_head_dims(backend, head_dim):
+    check(backend, make(17, head_dim=head_dim))
+
+
+@backends
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (8, 1), (6, 2), (3, 3)])
+def test_grouped_heads(backend, heads, kv_heads):
+    check(backend, make(17, heads=heads, kv_heads=kv_heads))
+
+
+@backends
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+def test_fewer_queries_than_keys(backend, rotary):
+    """The causal diagonal is aligned with the last key; with rotary, queries are the last ones."""
+    options = {"rotary": mk.yarn_rotary(32, 64, truncate=False)} if rotary else {}
+    lengths = {"cu_seqlens_q": cu(3, 1, 8), "cu_seqlens_k": cu(9, 20, 8)}
+    check(backend, make(12, 37), **lengths, window_size=WINDOW, **options)
+    check(backend, make(12, 37), **lengths, **options)
+
+
+@backends
+def test_position_ids(backend):
+    at = torch.arange(33) * 3 % 40
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    check(backend, make(), rotary=rotary, position_ids=at)
+
+
+@backends
+def test_without_sinks(backend):
+    q, k, v, _ = make(17)
+    check(backend, [q, k, v, None])
+
+
+@backends
+def test_queries_that_see_nothing(backend):
+    """More queries than keys: the first see no key; they give 0 and the sink, and no gradient."""
+    actual = check(backend, *(make(9, 4, draw=n) for n in range(6)))
+    assert (actual["out"][:5] == 0).all()
+    sinks = make(9, 4)[3]
+    torch.testing.assert_close(actual["lse"][:, :5], sinks[:, None].expand(-1, 5))
+    q, k, v, _ = make(9, 4)
+    without = outputs(backend, [q, k, v, None], with_lse_gradient=False)
+    assert (without["lse"][:, :5] == float("-inf")).all()
+    assert (without["out"][:5] == 0).all()
+    assert all(without[n].isfinite().all() for n in ("d_q", "d_k", "d_v"))
+
+
+def test_reference_gradcheck():
+    rotary = mk.yarn_rotary(4, 16, truncate=False)
+    q, k, v, sinks = (
+        t.double().requires_grad_() for t in make(7, 9, heads=2, kv_heads=1, head_dim=6)
+    )
+    lengths = {"cu_seqlens_q": cu(3, 4), "cu_seqlens_k": cu(4, 5)}
+
+    def run(q, k, v, sinks):
+        return mk.attention(
+            q, k, v, sinks=sinks, rotary=rotary, window_size=(2, 0), return_lse=True, **lengths
+        )
+
+    with mk.backend("reference"):
+        assert torch.autograd.gradcheck(run, (q, k, v, sinks))
+
+
+# Second oracle: transformers' eager gpt-oss attention
+
+
+@backends
+@pytest.mark.parametrize("window", [None, 8])
+def test_equals_transformers_gpt_oss(backend, window):
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    q, k, v, sinks = make(33, batch=2)
+
+    class Module(torch.nn.Module):
+        num_key_value_groups = 4
+        training = False
+
+    def eager(dtype):
+        module = Module()
+        module.sinks = sinks.to(dtype)
+        at = torch.arange(33)
+        keep = at[:, None] >= at[None, :]
+        if window is not None:
+            keep &= at[:, None] - at[None, :] < window
+        mask = torch.zeros(33, 33, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+        views = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+        out, _ = eager_attention_forward(module, *views, mask[None, None], scaling=64**-0.5)
+        return out
+
+    with mk.backend(backend):
+        found = mk.attention(
+            q, k, v, sinks=sinks, window_size=OPEN if window is None else (window - 1, 0)
+        )
+    testing.assert_close(found, eager(torch.float32), eager(torch.float64))
+
+
+# Properties
+
+
+@backends
+def test_packed_equals_one_by_one(backend):
+    q, k, v, sinks = make(33)
+    bounds = cu(20, 1, 12)
+    with mk.backend(backend):
+        packed = mk.attention(q, k, v, sinks=sinks, cu_seqlens_q=bounds)
+        for begin, end in itertools.pairwise(bounds.tolist()):
+            alone = mk.attention(q[begin:end], k[begin:end], v[begin:end], sinks=sinks)
+            torch.testing.assert_close(packed[begin:end], alone)
+
+
+@backends
+def test_bitwise_repeatable(backend):
+    options = {"cu_seqlens_q": cu(20, 13), "rotary": mk.yarn_rotary(64, 64, truncate=False)}
+    first = outputs(backend, make(), deterministic=True, **options)
+    again = outputs(backend, make(), deterministic=True, **options)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+@backends
+def test_merge_of_two_halves_of_the_keys(backend):
+    q, k, v, sinks = make(16)
+    with mk.backend(backend):
+        whole, lse = mk.attention(q, k, v, sinks=sinks, causal=False, return_lse=True)
+        a = mk.attention(q, k[:9], v[:9], sinks=sinks, causal=False, return_lse=True)
+        b = mk.attention(q, k[9:], v[9:], causal=False, return_lse=True)
+    merged, merged_lse = mk.merge_attention(*a, *b)
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged_lse, lse, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_strided_inputs(backend):
+    """Views of one fused projection, and [B, H, S, D] as transformers holds them."""
+    fused = torch.randn(2, 17, 8, 64)
+    views = fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:]
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in views]
+    with mk.backend(backend):
+        expected = mk.attention(*(t.contiguous() for t in views))
+        assert torch.equal(mk.attention(*views), expected)
+        assert torch.equal(mk.attention(*turned), expected)
+
+
+@backends
+def test_autocast_casts_q_k_v_only(backend):
+    q, k, v, sinks = make(17)
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    with mk.backend(backend):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = mk.attention(q, k, v, sinks=sinks, rotary=rotary)
+        narrow = (t.bfloat16() for t in (q, k, v))
+        expected = mk.attention(*narrow, sinks=sinks, rotary=rotary)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+def test_every_isa_agrees(monkeypatch):
+    from medgpt_kernels import native
+
+    for isa in native.supported_isas():
+        monkeypatch.setenv("MEDGPT_KERNELS_CPU_ISA", isa)
+        assert native.cpu().isa == isa
+        check("cpu", make(130, dtype=torch.bfloat16), window_size=WINDOW)
+        check("cpu", make(131, head_dim=72))
+
+
+def test_exp2_of_every_isa():
+    """Within 2 ulp of fp64 for softmax's arguments, which are never above zero."""
+    from medgpt_kernels import native
+
+    x = torch.cat([-torch.rand(60_000) * 126, -torch.rand(3_984) * 1e-3, torch.zeros(16)])
+    truth = x.double().exp2()
+    for isa in native.supported_isas():
+        out = torch.empty_like(x)
+        native.cpu_library(isa).exp2(x.data_ptr(), out.data_ptr(), len(x))
+        assert ((out - truth).abs() / truth).max() < 2 * torch.finfo(torch.float32).eps
+
+
+# Edges
+
+
+@pytest.mark.parametrize("lengths", [(127,), (128,), (129,), (0,), (1,), (0, 130, 0), (96, 97)])
+def test_lengths_around_blocks(lengths):
+    if "cpu" not in BACKENDS:
+        pytest.fail("no CPU kernels were built")
+    for window in (OPEN, (127, 0)):
+        draws = (make(sum(lengths), draw=n) for n in range(4))
+        check("cpu", *draws, cu_seqlens_q=cu(*lengths), window_size=window)
+
+
+@backends
+def test_large_sinks_and_scores(backend):
+    q, k, v, _ = make(17)
+    check(backend, [q * 30, k, v, torch.tensor([-1e4, 50.0, 1e4, 0.0]).repeat(4)])
+
+
+# Negative controls: the rule must notice each of these
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["no_sink", "window_off_by_one", "no_factor", "truncate", "head_order", "documents_leak"],
+)
+def test_the_rule_notices(wrong):
+    def rotary(**options):
+        return mk.yarn_rotary(64, 64, **{"truncate": False} | options)
+
+    q, k, v, sinks = make(33)
+    options = {"window_size": WINDOW, "rotary": rotary(), "cu_seqlens_q": cu(20, 13)}
+    truth = outputs("reference", [q, k, v, sinks], torch.float64, **options)["out"]
+    eager = outputs("reference", [q, k, v, sinks], **options)["out"]
+    right = mk.attention(q, k, v, sinks=sinks, **options)
+    testing.assert_close(right, eager, truth)
+    if wrong == "no_sink":
+        sinks = None
+    elif wrong == "window_off_by_one":
+        options["window_size"] = (8, 0)
+    elif wrong == "no_factor":
+        options["rotary"] = rotary(attention_factor=1.0)
+    elif wrong == "truncate":
+        options["rotary"] = rotary(truncate=True)
+    elif wrong == "head_order":
+        order = torch.arange(16).view(4, 4).T.flatten()
+        q = q[:, order]
+    elif wrong == "documents_leak":
+        options["cu_seqlens_q"] = None
+    found = mk.attention(q, k, v, sinks=sinks, **options)
+    if wrong == "head_order":
+        found = found[:, order.argsort()]
+    with pytest.raises(testing.ToleranceError):
+        testing.assert_close(found, eager, truth)
+
+
+@backends
+def test_sinks_get_a_gradient(backend):
+    """Negative control for d_sinks = None, and the sign: a larger sink takes weight from v."""
+    actual = outputs(backend, make(17))
+    assert actual["d_sinks"].abs().min() > 0
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(33, 3, 64)}, ""),
+        ({"v": torch.zeros(33, 4, 32)}, ""),
+        ({"k": torch.zeros(33, 4, 64).half()}, ""),
+        ({"sinks": torch.zeros(5)}, ""),
+        ({"window_size": (-2, 0)}, ""),
+        ({"cu_seqlens_q": torch.tensor([0, 30], dtype=torch.int32)}, "rising from 0 to 33"),
+        ({"cu_seqlens_q": torch.tensor([0, 20, 33])}, "int32"),
+        ({"position_ids": torch.arange(33)}, ""),
+        ({"rotary": (torch.ones(64, 40), torch.ones(64, 40))}, ""),
+    ],
+)
+def test_refuses(change, message):
+    q, k, v, sinks = make(33)
+    arguments = {"q": q, "k": k, "v": v, "sinks": sinks} | change
+    with pytest.raises(ValueError, match="attention: expected.*" + message):
+        mk.attention(**arguments)
+
+
+def test_unknown_arguments_raise():
+    q, k, v, _ = make(9)
+    for name in ("softcap", "dropout_p", "alibi_slopes"):
+        with pytest.raises(TypeError, match=name):
+            mk.attention(q, k, v, **{name: 0.5})
+
+
+# The dispatcher's own checks, and compilation
+
+
+def test_opcheck():
+    q, k, v, sinks = (t.requires_grad_() for t in make(9, batch=2))
+    cos, sin = mk.yarn_rotary(64, 16, truncate=False)
+    arguments = (q, k, v, sinks, cos, sin, None, None, None, 9, 9, 7, 0, 0.125, False)
+    torch.library.opcheck(torch.ops.medgpt_kernels.attention_fwd.default, arguments)
+
+
+def test_compiles_at_most_twice_over_random_packings():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    rotary = mk.yarn_rotary(32, 256, truncate=False)
+    g = torch.Generator().manual_seed(0)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(q, k, v, sinks, cu_seqlens, max_seqlen):
+        return mk.attention(
+            q, k, v, sinks=sinks, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen, window_size=WINDOW, rotary=rotary,
+        ).square().sum()  # fmt: skip
+
+    for i in range(50):
+        lengths = torch.randint(1, 30, (3 + i % 5,), generator=g).tolist()
+        q, k, v, sinks = (t.requires_grad_() for t in make(sum(lengths), head_dim=32))
+        bounds = cu(*lengths)
+        loss = step(q, k, v, sinks, bounds, max(lengths))
+        found = torch.autograd.grad(loss, (q, k, v, sinks))
+        out = mk.attention(
+            q, k, v, sinks=sinks, cu_seqlens_q=bounds, window_size=WINDOW, rotary=rotary
+        )
+        expected = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2

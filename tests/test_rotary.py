@@ -1,0 +1,240 @@
+"""rotary: tables against transformers, rotation by every backend against fp64."""
+
+import pytest
+import torch
+
+import medgpt_kernels as mk
+from medgpt_kernels import testing
+from medgpt_kernels.rotary import reference
+
+BACKENDS = [b for b in testing.backend_modules("rotary") if b != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+GPT_OSS = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+# rope parameters of published configs: gpt-oss, Qwen3 (YaRN 4x), DeepSeek-V3, Phi-3.5, Llama 3.1
+PUBLISHED = {
+    "gpt-oss": (64, GPT_OSS),
+    "gpt-oss, truncated": (64, {**GPT_OSS, "truncate": True}),
+    "qwen3-yarn": (
+        128,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
+    ),
+    "deepseek-v3": (
+        64,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "default": (64, {"rope_type": "default", "rope_theta": 10000.0}),
+    "llama3": (
+        128,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+}
+
+
+def config(head_dim, parameters, max_position_embeddings=131072):
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaConfig(
+        hidden_size=head_dim * 4,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters=dict(parameters),
+    )
+
+
+def make(dtype, *, heads=(4, 2), head_dim=64, shape=(37,), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, h, head_dim, generator=g).to(dtype) for h in heads]
+
+
+def check(backend, q, k, rotary, **options):
+    """q, k and both gradients by the tolerance rule."""
+    d_q, d_k = (testing.realistic(*t.shape, dtype=t.dtype, seed=5) for t in (q, k))
+
+    def run(name, dtype):
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (q, k)]
+        with mk.backend(name), testing.poisoned_empty():
+            outs = mk.apply_rotary(*leaves, rotary, **options)
+            grads = torch.autograd.grad(outs, leaves, [d.to(dtype) for d in (d_q, d_k)])
+        return (*outs, *grads)
+
+    truth, eager = run("reference", torch.float64), run("reference", q.dtype)
+    for name, a, e, t in zip(
+        ("q", "k", "d_q", "d_k"), run(backend, q.dtype), eager, truth, strict=True
+    ):
+        testing.assert_close(a, e, t, name=name)
+
+
+# Tables
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tables_equal_transformers(name):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    head_dim, parameters = PUBLISHED[name]
+    module = LlamaRotaryEmbedding(config(head_dim, parameters))
+    positions = torch.tensor([[0, 1, 127, 128, 4095]])
+    cos, sin = module(torch.zeros(1), positions)
+    found = mk.rotary_from_config(config(head_dim, parameters), 4096)
+    # fp32 phases up to 4095 carry 4095 * eps of rounding on transformers' side
+    half = head_dim // 2
+    for ours, theirs in ((found.cos, cos), (found.sin, sin)):
+        assert (ours[positions[0]] - theirs[0, :, :half]).abs().max() < 4095 * 1.2e-7 * 1.4
+        assert torch.equal(theirs[0, :, :half], theirs[0, :, half:])
+
+
+def test_gpt_oss_yarn_numbers():
+    """Ramp from 8.09 to 17.40 and factor 1.3465736, as the published architecture has them."""
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    assert rotary.cos.shape == (64, 32)
+    assert rotary.cos.dtype == torch.float32
+    torch.testing.assert_close(rotary.cos[0], torch.full((32,), 1.3465735902799727))
+    frequency = torch.atan2(rotary.sin[1], rotary.cos[1]).double()
+    plain = 150000.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    ratio = plain / frequency
+    torch.testing.assert_close(ratio[:9], torch.ones(9).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ratio[18:], torch.full((14,), 32.0).double(), atol=0, rtol=1e-3)
+    assert ((ratio[9:18] > 1) & (ratio[9:18] < 32)).all()
+
+
+def test_truncate_and_factor_are_noticed():
+    """Negative controls: rounding the ramp or dropping the attention factor changes tables."""
+    right = mk.yarn_rotary(64, 4096, truncate=False)
+    for wrong in (
+        mk.yarn_rotary(64, 4096, truncate=True),
+        mk.yarn_rotary(64, 4096, truncate=False, attention_factor=1.0),
+    ):
+        assert (right.cos - wrong.cos).abs().max() > 0.1
+    with pytest.raises(TypeError, match="truncate"):
+        mk.yarn_rotary(64, 4096)
+
+
+# Rotation
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", [(37,), (2, 19)], ids=["packed", "batched"])
+def test_rotation_and_gradients(backend, dtype, shape):
+    check(backend, *make(dtype, shape=shape), mk.yarn_rotary(64, 64, truncate=False))
+
+
+@backends
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 32), (72, 72), (80, 20), (128, 64)])
+def test_partial_rotary_dims(backend, head_dim, rotary_dim):
+    rotary = mk.yarn_rotary(rotary_dim, 64, truncate=False)
+    check(backend, *make(torch.float32, head_dim=head_dim), rotary)
+
+
+@backends
+def test_packed_positions_start_again(backend):
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    q, k = make(torch.float32)
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 37], dtype=torch.int32)
+    check(backend, q, k, rotary, cu_seqlens=cu_seqlens)
+    at = torch.cat([torch.arange(n) for n in cu_seqlens.diff().tolist()])
+    with mk.backend(backend):
+        packed = mk.apply_rotary(q, k, rotary, cu_seqlens=cu_seqlens)
+        given = mk.apply_rotary(q, k, rotary, position_ids=at)
+    assert all(torch.equal(a, b) for a, b in zip(packed, given, strict=True))
+
+
+@backends
+def test_strided_views_are_read_in_place(backend):
+    """Transposed [B, H, S, D] as transformers holds them, and slices of a fused projection."""
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    fused = torch.randn(2, 19, 8, 64)
+    q, k = fused[:, :, :4], fused.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 4:6]
+    with mk.backend(backend):
+        found = mk.apply_rotary(q, k, rotary)
+        expected = mk.apply_rotary(q.contiguous(), k.contiguous(), rotary)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@backends
+def test_equals_transformers(backend):
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
+
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    q, k = make(torch.float32, shape=(1, 33))
+    cos, sin = (t[:33][None] for t in rotary)
+    wide = [t.double() for t in (q.transpose(1, 2), k.transpose(1, 2), cos, sin)]
+    truth = [t.transpose(1, 2) for t in apply_rotary_pos_emb(*wide)]
+    eager = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    with mk.backend(backend):
+        found = mk.apply_rotary(q, k, rotary)
+    for a, e, t in zip(found, eager, truth, strict=True):
+        testing.assert_close(a, e.transpose(1, 2), t)
+
+
+def test_interleaved_rotation_is_noticed():
+    """Negative control: pairing neighbours instead of halves must fail the rule."""
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    q, k = make(torch.float32)
+    truth = reference.rotary_fwd(q.double(), k.double(), *rotary, None, torch.tensor([0, 37]))[0]
+    eager = mk.apply_rotary(q, k, rotary, cu_seqlens=torch.tensor([0, 37], dtype=torch.int32))[0]
+    order = torch.arange(64).view(32, 2).T.flatten()
+    wrong = torch.empty_like(eager)
+    wrong[..., order] = mk.apply_rotary(
+        q[..., order], k, rotary, cu_seqlens=torch.tensor([0, 37], dtype=torch.int32)
+    )[0]
+    testing.assert_close(eager, eager, truth)
+    with pytest.raises(testing.ToleranceError):
+        testing.assert_close(wrong, eager, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(36, 2, 64)}, "of the same tokens"),
+        ({"k": torch.zeros(37, 2, 32)}, "of one head_dim"),
+        ({"position_ids": torch.zeros(37)}, "position_ids int32 or int64"),
+        ({"position_ids": torch.full((37,), 64)}, "positions in 0 ... 63, got 64 ... 64"),
+        ({"cu_seqlens": torch.tensor([0, 36], dtype=torch.int32)}, "rising from 0 to 37"),
+        ({"cu_seqlens": torch.tensor([0, 37])}, "int32"),
+    ],
+)
+def test_refuses(change, message):
+    q, k = make(torch.float32)
+    arguments = {"q": q, "k": k, "rotary": mk.yarn_rotary(64, 64, truncate=False)} | change
+    with pytest.raises(ValueError, match="apply_rotary: expected.*" + message):
+        mk.apply_rotary(**arguments)
+
+
+def test_opcheck():
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    q, k = (t.requires_grad_() for t in make(torch.float32, shape=(2, 9)))
+    torch.library.opcheck(torch.ops.medgpt_kernels.rotary_fwd.default, (q, k, *rotary, None, None))
