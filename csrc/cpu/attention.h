@@ -28,6 +28,7 @@ constexpr int kAR = 4, kBV = 5;  // 20 of 32
 constexpr int kAR = 4, kBV = 2;
 #endif
 constexpr int kRows = kBV * kLanes;
+constexpr int64_t kSumStep = 32;  // terms of one product summed in one chain
 constexpr int kKeys = 96;         // most keys between two updates of the running maximum
 constexpr int kPackedKeys = 384;  // keys in the micro-kernel's order at one time
 static_assert(kKeys % kLanes == 0 && kPackedKeys % kKeys == 0 && kLanes % kAR == 0, "whole panels");
@@ -120,11 +121,12 @@ struct Panel {
   }
 };
 
-// tile[kAR keys][kRows] = panel of keys or values times columns of queries or their gradients
+// tile[kAR keys][kRows] = panel of keys or values times columns of queries or their gradients, in
+// steps: after a channel 100 times larger than the rest, one long sum would round every later term.
 inline void multiply(int64_t dim, const float* panel, const float* columns, vf (&tile)[kAR][kBV]) {
-  for (int64_t d = 0; d < dim; d += kDepthStep) {
+  for (int64_t d = 0; d < dim; d += kSumStep) {
     vf part[kAR][kBV] = {};
-    micro_kernel(std::min(dim - d, kDepthStep), panel + d * kAR, kAR, columns + d * kRows, kRows,
+    micro_kernel(std::min(dim - d, kSumStep), panel + d * kAR, kAR, columns + d * kRows, kRows,
                  part);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)

@@ -141,9 +141,9 @@ void start_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const A
   transpose_panel(w.rows.get(), w.columns.get(), p.head_dim, padded);
   // Added up as multiply() does, so that a query with one key has d_p - delta = 0 exactly.
   vf sums[kBV] = {};
-  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kDepthStep) {
+  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kSumStep) {
     vf part[kBV] = {};
-    for (int64_t d = d0; d < std::min(d0 + kDepthStep, p.head_dim); d++)
+    for (int64_t d = d0; d < std::min(d0 + kSumStep, p.head_dim); d++)
       for (int n = 0; n < kBV; n++) {
         int64_t at = d * kRows + n * kLanes;
         part[n] += load(w.columns.get() + at) * load(d_out_columns + at);
