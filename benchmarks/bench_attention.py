@@ -1,100 +1,103 @@
-"""attention at gpt-oss's 64 / 8 heads and head_dim 64, against torch's own flash attention.
+"""attention at gpt-oss's 64 / 8 heads and head_dim 64, against torch's own CPU kernels.
 
 sdpa: F.scaled_dot_product_attention without sinks, which does less: a bound, not a peer.
 lse: the strongest exact peer, torch's CPU flash attention renormalised by its logsumexp; with a
-window (lse_chunk) in blocks of 128 queries against 256 keys.
+window (lse_chunk) in blocks of 128 queries against 256 keys; over packed documents one by one.
+flex: compiled FlexAttention with the sink as one more key, forward only.
+The reference runs in blocks of queries, or its fp64 scores would not fit.
 """
 
 from functools import partial
 
 import harness
+import material
+import peers_attention as peers
 import pytest
 import torch
-import torch.nn.functional as F
 
-from medgpt_kernels import attention, roofline
+from medgpt_kernels import attention, registry, roofline
 
-HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+HEADS, KV_HEADS, HEAD_DIM, WINDOW, BLOCK = 64, 8, 64, 128, 256
 PEER_BOUND = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+OURS = harness.our_backends()
+FULL = (*OURS, "sdpa", "lse")
+# tokens (0: the real reports, packed), window, dtype, backward, contenders
 CASES = {
-    "full_fwd": (2048, 0, torch.float32, False),
-    "window_fwd": (2048, WINDOW, torch.float32, False),
-    "window_fwd_4096": (4096, WINDOW, torch.float32, False),
-    "full_fwdbwd": (2048, 0, torch.float32, True),
-    "window_fwdbwd": (2048, WINDOW, torch.float32, True),
-    "full_fwd_bf16": (2048, 0, torch.bfloat16, False),
-    "full_fwdbwd_bf16": (512, 0, torch.bfloat16, True),
+    "full_fwd": (2048, 0, torch.float32, False, FULL),
+    "window_fwd": (2048, WINDOW, torch.float32, False, (*OURS, "sdpa", "lse_chunk", "flex")),
+    "window_fwd_4096": (4096, WINDOW, torch.float32, False, (*OURS, "lse_chunk")),
+    "full_fwdbwd": (2048, 0, torch.float32, True, FULL),
+    "window_fwdbwd": (2048, WINDOW, torch.float32, True, (*OURS, "lse_chunk")),
+    "full_fwd_bf16": (2048, 0, torch.bfloat16, False, FULL),
+    "full_fwdbwd_bf16": (512, 0, torch.bfloat16, True, FULL),
+    "reports_fwdbwd": (0, 0, torch.float32, True, (*OURS, "lse_documents")),
 }
-CONTENDERS = (*(n for n in harness.our_backends() if n != harness.BASELINE), "sdpa", "lse")
 
 
-def _heads_first(x):
-    return x.transpose(0, 1)[None]
-
-
-def _sdpa(q, k, v, sinks):
-    out = F.scaled_dot_product_attention(
-        *map(_heads_first, (q, k, v)), is_causal=True, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
-
-
-def _lse(q, k, v, sinks):
-    """Exact sinks: out * sigmoid(lse - sink); torch's kernel differentiates out but not lse."""
-    groups = HEADS // KV_HEADS
-    q, k, v = map(_heads_first, (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    out, lse = FLASH(q, k, v, 0.0, True)
-    return (out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype))[0].transpose(0, 1)
-
-
-def _lse_chunk(q, k, v, sinks):
-    """Blocks of 128 queries see their own block and the one before, masked to the window."""
-    groups, blocks = HEADS // KV_HEADS, q.shape[0] // WINDOW
-    k, v = (F.pad(t, (0, 0, 0, 0, WINDOW, 0)).repeat_interleave(groups, 1) for t in (k, v))
-    k, v = (t.unfold(0, 2 * WINDOW, WINDOW).permute(0, 1, 3, 2) for t in (k, v))
-    q = q.view(blocks, WINDOW, HEADS, HEAD_DIM).transpose(1, 2)
-    at, key = torch.arange(WINDOW)[:, None] + WINDOW, torch.arange(2 * WINDOW)[None]
-    keep = (key <= at) & (key > at - WINDOW)
-    mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, float("-inf"))
-    mask = mask.expand(blocks, 1, -1, -1).clone()
-    mask[0, :, :, :WINDOW] = float("-inf")
-    out, lse = FLASH(q, k, v, 0.0, False, attn_mask=mask)
-    out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
-    return out.transpose(1, 2).reshape(-1, HEADS, HEAD_DIM)
+def in_blocks(q, k, v, **options):
+    """The same attention in blocks of queries, which see the last keys of a shorter sequence."""
+    left, parts = options["window_size"][0], []
+    for begin in range(0, q.shape[0], BLOCK):
+        end = min(begin + BLOCK, q.shape[0])
+        first = 0 if left < 0 else max(0, begin - left)
+        parts.append(attention(q[begin:end], k[first:end], v[first:end], **options))
+    return torch.cat(parts)
 
 
 def build(*, case, short, device) -> harness.Group:
-    tokens, window, dtype, backward = CASES[case]
-    tokens = min(tokens, 512) if short else tokens
+    tokens, window, dtype, backward, _ = CASES[case]
+    lengths = list(material.REPORT_LENGTHS[: 8 if short else None])
+    packed = tokens == 0
+    tokens = sum(lengths) if packed else (min(tokens, 512) if short else tokens)
+    lengths = lengths if packed else [tokens]
     generator = torch.Generator().manual_seed(0)
-    shapes = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
-    leaves = {
-        name: torch.nn.Parameter(
-            torch.randn(tokens, heads, HEAD_DIM, generator=generator).to(device, dtype)
-        )
-        for name, heads in shapes.items()
-    }
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    leaves = {n: torch.nn.Parameter(random(tokens, h, HEAD_DIM)) for n, h in heads.items()}
     leaves["sinks"] = torch.nn.Parameter(torch.randn(HEADS, generator=generator).to(device))
-    d_out = torch.randn(tokens, HEADS, HEAD_DIM, generator=generator).to(device, dtype)
-    window_size = (window - 1, 0) if window else (-1, -1)
+    options = {"window_size": (window - 1, 0) if window else (-1, -1)}
+    if packed:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        options |= {"cu_seqlens_q": bounds, "max_seqlen_q": max(lengths)}
+        options["max_seqlen_k"] = options["max_seqlen_q"]
 
     def call(q, k, v, sinks):
-        return attention(q, k, v, sinks=sinks, window_size=window_size)
+        eager = registry.chosen_backend() == harness.BASELINE and not packed
+        return (in_blocks if eager else attention)(q, k, v, sinks=sinks, **options)
 
-    job = harness.Job("attention_fwd", call, leaves, d_out if backward else None)
+    d_out = random(tokens, HEADS, HEAD_DIM) if backward else None
+    job = harness.Job("attention_fwd", call, leaves, d_out)
+
+    def flex():
+        if short:
+            raise harness.Unavailable("compiling takes a minute; not in the short form")
+        torch.compiler.reset()
+        return job.contender(partial(peers.compiled_flex(tokens, window), **leaves), warmups=3)
+
     contenders = dict(job.backends())
-    if device.type == "cpu" and not (backward and window):
-        peer = _lse_chunk if window else _lse
-        if not backward:  # torch's kernel gives lse no gradient: exact sinks only forward
-            contenders["lse"] = lambda: job.contender(partial(peer, **leaves))
-        if not window:
-            contenders["sdpa"] = lambda: job.contender(partial(_sdpa, **leaves), is_bound=True)
+    if device.type == "cpu":
+        contenders |= {
+            "sdpa": lambda: job.contender(partial(peers.sdpa, **leaves), is_bound=True),
+            "lse": lambda: job.contender(partial(peers.lse, **leaves)),
+            "lse_documents": lambda: job.contender(
+                partial(peers.lse_documents, **leaves, lengths=lengths)
+            ),
+            "flex": flex,
+        }
+    if device.type == "cpu" and window:
+        mask = peers.band_mask(tokens // window, window, dtype)
+        contenders["lse_chunk"] = lambda: job.contender(
+            partial(peers.lse_chunk, **leaves, mask=mask)
+        )
     cost = partial(
-        roofline.attention_cost, tokens, HEADS, KV_HEADS, HEAD_DIM, window=window, dtype=dtype
+        roofline.attention_cost, lengths, HEADS, KV_HEADS, HEAD_DIM, window=window, dtype=dtype
     )
     return harness.Group(
-        name=f"attention {case} {str(dtype)[6:]} T{tokens}",
+        name=f"attention {case.removesuffix('_bf16').removesuffix('_4096')} {str(dtype)[6:]} "
+        f"T{tokens} H{HEADS}/{KV_HEADS} D{HEAD_DIM}",
         cost=cost() + cost(backward=True) if backward else cost(),
         dtype=dtype,
         device=device,
@@ -104,7 +107,8 @@ def build(*, case, short, device) -> harness.Group:
     )
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("case", CASES)
-def bench_attention(timed, case, contender, short, device):
+@pytest.mark.parametrize(
+    ("case", "contender"), [(case, name) for case, (*_, names) in CASES.items() for name in names]
+)
+def bench_attention(case, contender, timed, short, device):
     timed(partial(build, case=case, short=short, device=device), case, contender)

@@ -7,7 +7,7 @@ torch reaches here. An op's cost is the least traffic and work that any implemen
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ def bound_seconds(cost: Cost, roofs: Roofs, dtype: torch.dtype = torch.float32) 
 
 
 def attention_cost(
-    tokens: int,
+    lengths: Sequence[int],
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -97,16 +97,18 @@ def attention_cost(
     dtype: torch.dtype = torch.float32,
     backward: bool = False,
 ) -> Cost:
-    """One causal sequence: q, k, v read and out written once; gradients too in the backward.
+    """Causal sequences: q, k, v read and out written once; gradients too in the backward.
 
     Args:
+        lengths: tokens of each packed sequence.
         window: keys a query sees, itself included; 0 for all before it.
         backward: the backward alone: five products for the forward's two.
     """
-    seen = tokens * (tokens + 1) // 2
-    if 0 < window < tokens:
-        seen = window * (window + 1) // 2 + (tokens - window) * window
-    rows = tokens * head_dim * dtype.itemsize
+    seen = 0
+    for n in lengths:
+        short = min(n, window or n)  # the first queries see fewer keys than the window holds
+        seen += short * (short + 1) // 2 + (n - short) * short
+    rows = sum(lengths) * head_dim * dtype.itemsize
     flops = (5 if backward else 2) * 2 * seen * heads * head_dim
     q_like, k_like = (4, 4) if backward else (2, 2)
     return Cost(bytes=rows * (q_like * heads + k_like * kv_heads), flops=flops)
