@@ -22,7 +22,7 @@ GPT_OSS = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-# rope parameters of published configs: gpt-oss, Qwen3 (YaRN 4x), DeepSeek-V3, Phi-3.5, Llama 3.1
+# rope parameters of published configs: head_dim, then what their config.json says
 PUBLISHED = {
     "gpt-oss": (64, GPT_OSS),
     "gpt-oss, truncated": (64, {**GPT_OSS, "truncate": True}),
@@ -48,7 +48,17 @@ PUBLISHED = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "yarn-llama-2-128k": (
+        128,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     "default": (64, {"rope_type": "default", "rope_theta": 10000.0}),
+    "linear": (64, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}),
     "llama3": (
         128,
         {
@@ -60,7 +70,19 @@ PUBLISHED = {
             "original_max_position_embeddings": 8192,
         },
     ),
+    # Phi-3.5-mini's form; its 48 factors a list are rounded steps between the same ends
+    "longrope": (
+        96,
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": torch.linspace(1.0, 2.8, 48).tolist(),
+            "long_factor": torch.linspace(1.08, 64.6, 48).tolist(),
+            "original_max_position_embeddings": 4096,
+        },
+    ),
 }
+YARN = [name for name, (_, p) in PUBLISHED.items() if p["rope_type"] == "yarn"]
 
 
 def config(head_dim, parameters, max_position_embeddings=131072):
@@ -98,6 +120,38 @@ def check(backend, q, k, rotary, **options):
 
 
 # Tables
+
+
+@pytest.mark.parametrize("length", [4096, 8192])
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_frequencies_equal_transformers(name, truncate, length):
+    """Inverse frequencies and factor to fp32 rounding, read back from the tables' first angles.
+
+    Where a YaRN ramp is almost over, transformers rounds a share of the frequency in fp32 that is
+    `factor` times larger than what is left.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    head_dim, parameters = PUBLISHED[name]
+    if name in YARN:
+        parameters = {**parameters, "truncate": truncate}
+    made = config(head_dim, parameters)
+    if parameters["rope_type"] == "default":
+        inv_freq = parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+        factor = 1.0
+    else:
+        init = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        inv_freq, factor = init(made, "cpu", seq_len=length)
+    found = mk.rotary_from_config(made, length)
+    angles = torch.atan2(found.sin[1].double(), found.cos[1].double())
+    rounding = 4 * max(1, parameters.get("factor", 1)) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(angles, inv_freq.double(), rtol=rounding, atol=0)
+    torch.testing.assert_close(found.cos[0].double(), torch.full((head_dim // 2,), factor).double())
+    direct = mk.rotary_from_inv_freq(inv_freq, length, factor)
+    # at the last position, a rounding of the frequency has grown `length` times
+    bound = factor * length * rounding * inv_freq.double() + 3e-7
+    assert ((found.cos[-1] - direct.cos[-1]).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -140,6 +194,39 @@ def test_truncate_and_factor_are_noticed():
         assert (right.cos - wrong.cos).abs().max() > 0.1
     with pytest.raises(TypeError, match="truncate"):
         mk.yarn_rotary(64, 4096)
+
+
+def test_configs_that_are_refused():
+    _, parameters = PUBLISHED["default"]
+    made = config(64, parameters)
+    made.rope_parameters = {"rope_type": "axial", "rope_theta": 10000.0}
+    with pytest.raises(
+        ValueError, match=r"rotary_from_config: expected rope_type default.*'axial'"
+    ):
+        mk.rotary_from_config(made, 16)
+    made.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match=r"expected 'factor' in the rope parameters of type lin"):
+        mk.rotary_from_config(made, 16)
+    made.rope_parameters = {"full_attention": parameters, "sliding_attention": parameters}
+    with pytest.raises(ValueError, match="expected layer_type to choose among"):
+        mk.rotary_from_config(made, 16)
+    found = mk.rotary_from_config(made, 16, layer_type="full_attention")
+    assert found.cos.shape == (16, 32)
+
+
+def test_transformers_4_configs():
+    """rope_scaling and rope_theta beside each other, as transformers 4 kept them."""
+
+    class Config:
+        head_dim = 64
+        max_position_embeddings = 131072
+        rope_theta = 150000.0
+        rope_scaling = {**GPT_OSS}  # noqa: RUF012
+
+    del Config.rope_scaling["rope_theta"]
+    found, expected = mk.rotary_from_config(Config, 64), mk.yarn_rotary(64, 64, truncate=False)
+    assert torch.equal(found.cos, expected.cos)
+    assert torch.equal(found.sin, expected.sin)
 
 
 # Rotation
@@ -225,6 +312,9 @@ def test_interleaved_rotation_is_noticed():
         ({"position_ids": torch.full((37,), 64)}, "positions in 0 ... 63, got 64 ... 64"),
         ({"cu_seqlens": torch.tensor([0, 36], dtype=torch.int32)}, "rising from 0 to 37"),
         ({"cu_seqlens": torch.tensor([0, 37])}, "int32"),
+        ({"cu_seqlens": torch.tensor([0, 20, 10, 37], dtype=torch.int32)}, "rising from 0 to 37"),
+        ({"rotary": mk.yarn_rotary(64, 16, truncate=False)}, "at least 37 positions, got 16"),
+        ({"rotary": mk.yarn_rotary(128, 64, truncate=False)}, "at most head_dim 64, got 128"),
     ],
 )
 def test_refuses(change, message):
@@ -234,7 +324,45 @@ def test_refuses(change, message):
         mk.apply_rotary(**arguments)
 
 
+def test_tables_with_a_gradient_are_refused():
+    q, k = make(torch.float32)
+    cos, sin = mk.yarn_rotary(64, 64, truncate=False)
+    with pytest.raises(ValueError, match="tables without gradient"):
+        mk.apply_rotary(q, k, mk.Rotary(cos.requires_grad_(), sin))
+
+
+# The dispatcher's own checks, and compilation
+
+
 def test_opcheck():
     rotary = mk.yarn_rotary(64, 64, truncate=False)
     q, k = (t.requires_grad_() for t in make(torch.float32, shape=(2, 9)))
-    torch.library.opcheck(torch.ops.medgpt_kernels.rotary_fwd.default, (q, k, *rotary, None, None))
+    positions = torch.arange(18).view(2, 9)
+    forward = torch.ops.medgpt_kernels.rotary_fwd.default
+    torch.library.opcheck(forward, (q, k, *rotary, None, None))
+    torch.library.opcheck(forward, (q, k, *rotary, positions, None))
+    backward = torch.ops.medgpt_kernels.rotary_bwd.default
+    torch.library.opcheck(backward, (q.detach(), k.detach(), *rotary, positions, None))
+
+
+def test_reference_gradcheck():
+    rotary = mk.yarn_rotary(4, 8, truncate=False)
+    q, k = (torch.randn(5, h, 6, dtype=torch.float64, requires_grad=True) for h in (2, 1))
+    with mk.backend("reference"):
+        assert torch.autograd.gradcheck(lambda q, k: mk.apply_rotary(q, k, rotary), (q, k))
+
+
+def test_compiled_call_checks_lengths():
+    """A compiled graph cannot look at values; the CPU kernel does before it reads."""
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    q, k = make(torch.float32)
+    step = torch.compile(
+        lambda q, k, c: mk.apply_rotary(q, k, rotary, cu_seqlens=c), backend="aot_eager",
+        fullgraph=True,
+    )  # fmt: skip
+    right = torch.tensor([0, 5, 37], dtype=torch.int32)
+    expected = mk.apply_rotary(q, k, rotary, cu_seqlens=right)
+    assert all(torch.equal(a, b) for a, b in zip(step(q, k, right), expected, strict=True))
+    for wrong in ([0, 5, 36], [0, 40, 37]):
+        with pytest.raises(ValueError, match="apply_rotary: expected"):
+            step(q, k, torch.tensor(wrong, dtype=torch.int32))

@@ -19,5 +19,8 @@ void widen(const void* in, float* out, int64_t n, DType dtype) {
 }
 
 void exp2_all(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes) store(out + i, exp2_small(load(in + i)));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    int count = static_cast<int>(n - i < kLanes ? n - i : kLanes);
+    store_partial(out + i, exp2_small(load_partial(in + i, count)), count);
+  }
 }

@@ -139,10 +139,11 @@ def merge_attention(
 
 
 def _window(window_size, causal: bool) -> tuple[int, int]:
-    if len(window_size) != 2 or any(side < -1 for side in window_size):
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not pair or any(side < -1 for side in window_size):
         raise ValueError(
             f"attention: expected window_size (left, right) of keys >= 0, or -1 for no limit, got "
-            f"{tuple(window_size)}"
+            f"{window_size}"
         )
     left, right = window_size
     return left, 0 if causal else right
@@ -217,7 +218,7 @@ def _check_rotary(q, k, rotary, position_ids, cu_seqlens_q, cu_seqlens_k) -> Non
             raise ValueError("attention: expected rotary with position_ids, got None")
         return
     check_tables("attention", rotary, q.shape[-1], q.device)
-    length = rotary.cos.shape[0]
+    length = rotary[0].shape[0]
     if position_ids is not None:
         check_positions("attention", position_ids, k.shape[:-2], length, q.device)
     if cu_seqlens_q is None:

@@ -45,7 +45,7 @@ def apply_rotary(
         q, k = q.unsqueeze(0), k.unsqueeze(0)
     if position_ids is not None:
         position_ids = position_ids.expand(q.shape[:2])
-    q_out, k_out = _rotary_fwd(q, k, rotary.cos, rotary.sin, position_ids, cu_seqlens)
+    q_out, k_out = _rotary_fwd(q, k, *rotary, position_ids, cu_seqlens)
     if packed and q.ndim == 4:
         return q_out.squeeze(0), k_out.squeeze(0)
     return q_out, k_out
@@ -129,7 +129,7 @@ def _check(q, k, rotary, position_ids, cu_seqlens) -> None:
     if q.device != k.device:
         raise ValueError(f"apply_rotary: expected k on q's {q.device}, got {k.device}")
     check_tables("apply_rotary", rotary, q.shape[-1], q.device)
-    length = rotary.cos.shape[0]
+    length = rotary[0].shape[0]
     if position_ids is not None:
         check_positions("apply_rotary", position_ids, q.shape[:-2], length, q.device)
         return
