@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 CONFIGS = {
     "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
     "sm_80": {
-        (16, 64, False): Tile(128, 64, 4, 3),
+        (16, 64, False): Tile(128, 32, 4, 3),
         (16, 128, False): Tile(128, 64, 8, 3),
         (16, 256, False): Tile(64, 32, 8, 2),
         (32, 64, False): Tile(32, 32, 8, 1),
@@ -62,7 +62,7 @@ CONFIGS = {
         (32, 256, False): Tile(16, 16, 8, 1),
     },
     "sm_86": {
-        (16, 64, False): Tile(128, 64, 4, 2),
+        (16, 64, False): Tile(128, 32, 4, 3),
         (16, 64, True): Tile(64, 64, 4, 2),
         (16, 128, False): Tile(64, 32, 4, 2),
         (16, 256, False): Tile(64, 32, 8, 2),
@@ -75,7 +75,7 @@ CONFIGS = {
         (16, 64, True): Tile(128, 64, 4, 3),
         (16, 128, False): Tile(128, 128, 8, 2),
         (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 2),
         (32, 64, False): Tile(32, 32, 8, 1),
         (32, 128, False): Tile(32, 16, 8, 1),
         (32, 256, False): Tile(16, 16, 8, 1),
@@ -85,7 +85,7 @@ CONFIGS = {
         (16, 64, True): Tile(128, 64, 8, 3),
         (16, 128, False): Tile(128, 128, 8, 2),
         (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(128, 64, 8, 2),
+        (16, 256, False): Tile(64, 64, 8, 2),
         (32, 64, False): Tile(32, 32, 8, 1),
         (32, 128, False): Tile(32, 16, 8, 1),
         (32, 256, False): Tile(16, 16, 8, 1),
