@@ -53,8 +53,10 @@ CARDS = {
 }
 INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma.sync"}
 
-# What a kernel may declare about its products: none, 16-bit operands, fp32 ones by ieee or tf32x3.
-PRODUCTS = ("none", "half", "ieee", "tf32x3")
+# What a kernel may declare about its products: none, 16-bit operands (in tiles of fewer than 64
+# rows: wgmma and tcgen05 have no such), fp32 ones by ieee or tf32x3.
+FEW_ROWS = "half, few rows"
+PRODUCTS = ("none", "half", FEW_ROWS, "ieee", "tf32x3")
 
 
 class AotKernel(NamedTuple):
@@ -183,13 +185,16 @@ def _products_problems(kernel: AotKernel, ttir: str) -> Iterator[str]:
             found.add("half")
     if "tf32" in found:
         yield "a product of fp32 operands in plain tf32"
-    if found - {"tf32"} - {kernel.products} or (kernel.products != "none" and not found):
+    declared = "half" if kernel.products == FEW_ROWS else kernel.products
+    if found - {"tf32"} - {declared} or (kernel.products != "none" and not found):
         yield f"declares products {kernel.products}, has {', '.join(sorted(found)) or 'none'}"
 
 
 def _instruction_problems(kernel: AotKernel, card: Card, instruction: str, text: str):
     """The matrix instruction, and tf32 where it was not asked for."""
     expected = {"none": "none", "half": card.matrix}.get(kernel.products)
+    if kernel.products == FEW_ROWS:
+        expected = "v_mfma" if card.backend == "hip" else "mma.sync"
     if kernel.products == "ieee":
         expected = "v_mfma" if card.backend == "hip" else "none"
     if kernel.products == "tf32x3":
@@ -277,7 +282,7 @@ def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
     found, seen = {}, {}
     for module in modules:
         for kernel in importlib.import_module(module).aot_kernels():
-            key = identity(kernel)
+            key = (*identity(kernel), kernel.products)
             if key in seen:
                 same = found[seen[key]]
                 cards = tuple(dict.fromkeys(same.cards + kernel.cards))
