@@ -1,0 +1,275 @@
+"""`attn_implementation="medgpt_kernels"` for transformers models, and `patch` for gpt-oss.
+
+    from medgpt_kernels.integrations.transformers import patch, register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="medgpt_kernels")
+    patch(model)  # gpt-oss: also rotates queries and keys inside attention
+
+B rows of S tokens, H query heads, G key and value heads, D head_dim.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from medgpt_kernels.attention.op import attention
+from medgpt_kernels.integrations.sequences import Sequences, from_mask, from_positions
+from medgpt_kernels.rotary.tables import Rotary
+
+NAME = "medgpt_kernels"
+
+# What models hand through to attention and no attention function uses.
+_OF_NO_CONCERN = {
+    "cache_position",
+    "layer_idx",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "seq_idx",
+    "token_type_ids",
+    "use_cache",
+}
+
+# The parts of transformers' masks that attention's own arguments say as well.
+_EXPRESSIBLE = {
+    "and_masks.<locals>.and_mask",
+    "bidirectional_mask_function",
+    "causal_mask_function",
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "remap_positions_for_packed_sequence.<locals>.inner_mask",
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
+    "sliding_window_overlay.<locals>.inner_mask",
+}
+
+
+def register() -> None:
+    """Make attn_implementation="medgpt_kernels" known to transformers; again is harmless.
+
+    It serves every model that goes through transformers' AttentionInterface: grouped heads, sinks,
+    sliding windows, vision towers, left and right padding, dynamic KV caches and packed batches.
+    No mask of S x S is ever made. Packed batches come as `cu_seq_lens_q`, `cu_seq_lens_k` (int32)
+    and `max_length_q`, `max_length_k` (int), which read nothing back from a device, or as
+    `position_ids` that restart, which are read once a forward.
+
+    A model call then raises ValueError on what is not served, rather than ignore it: dropout > 0,
+    softcap, output_attentions, 4D masks, static caches, chunked and blockwise masks, positions
+    with gaps, padding inside a sliding window, unknown keyword arguments.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
+    """Put fused rotary and attention into the gpt-oss layers of a model, in place.
+
+    The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay.
+
+    Args:
+        model: any module.
+        strict: raise where there is no gpt-oss attention in it.
+
+    Returns:
+        Name of each module replaced by this call, and the class that took its place; a second call
+        replaces nothing.
+
+    Raises:
+        ValueError: under strict.
+    """
+    from medgpt_kernels.integrations import gpt_oss
+
+    return gpt_oss.patch(model, strict=strict)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    config=None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """transformers' mask interface: None, or which keys are not padding, where some are.
+
+    bool [B, kv_length], or for bidirectional attention [B, 1, 1, kv_length], as pooling heads that
+    call torch's own attention expect a mask which broadcasts over heads and queries.
+    """
+    unknown = _unknown_parts(mask_function)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if use_vmap or unknown or (chunk is not None and chunk == local_size):
+        _refuse("a causal, bidirectional or sliding-window mask", unknown or "another")
+    causal = "allow_is_bidirectional_skip" not in kwargs  # what bidirectional masks come with
+    grown = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if causal and not grown:
+        _refuse("a dynamic KV cache, which ends with the last query", "a static one")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] - kv_length < 0:
+        _refuse(f"an attention_mask of {kv_length} keys", list(attention_mask.shape))
+    padding = attention_mask[:, attention_mask.shape[1] - kv_length :]
+    if padding.all():
+        return None
+    return padding if causal else padding[:, None, None]
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q [B, H, S, D], k and v [B, G, S_k, D] to [B, S, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if is_causal is None:
+        if not hasattr(module, "is_causal"):
+            _refuse("is_causal, given or on the module", f"none on {type(module).__name__}")
+        # A decoder turned into an encoder says so in its config only, as its mask does.
+        is_causal = module.is_causal and getattr(module.config, "is_causal", True)
+    check_options(module, dropout, sliding_window, k.shape[1], kwargs)
+    sequences = find_sequences(q, k, attention_mask, is_causal, sliding_window, kwargs)
+    out = attend(
+        q, k, v, sequences, is_causal, sliding_window, s_aux, scaling, kwargs.get("deterministic")
+    )
+    return out, None
+
+
+def check_options(module, dropout, sliding_window, len_k: int, kwargs: dict) -> None:
+    """Refuse what attention would otherwise leave undone."""
+    if dropout > 0:
+        _refuse("dropout 0", dropout)
+    for name in ("softcap", "output_attentions", "head_mask"):
+        if (given := kwargs.get(name)) is not None and given is not False:
+            _refuse(f"no {name}", given if isinstance(given, (int, float)) else "one")
+    used = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    for name, given in kwargs.items():
+        known = name in used or name in _OF_NO_CONCERN or name == "deterministic"
+        if not known and given is not None and given is not False:
+            _refuse("no other arguments for attention", name)
+    if sliding_window is not None and sliding_window < 1:
+        _refuse("a sliding_window of at least 1", sliding_window)
+    if sliding_window is None and len_k > _window_of(module):
+        _refuse(
+            f"the sliding_window of {_window_of(module)} that the config gives this layer",
+            f"none from {type(module).__name__}",
+        )
+
+
+def _window_of(module) -> float:
+    """The window that transformers' mask gives this layer: a few models never tell attention."""
+    config = getattr(module, "config", None)
+    types, at = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    windowed = types is None or (at is not None and types[at] == "sliding_attention")
+    width = getattr(config, "sliding_window", None) if windowed else None
+    return float("inf") if width is None or not getattr(module, "is_causal", True) else width
+
+
+def find_sequences(q, k, mask, is_causal, sliding_window, kwargs: dict) -> Sequences | None:
+    """The packed sequences of a call, or None where each row of the batch is one."""
+    batch, len_q, len_k = q.shape[0], q.shape[1], k.shape[1]
+    cu_q, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if mask is not None:
+        shapes = ((batch, len_k), (batch, 1, 1, len_k))
+        if mask.is_floating_point() or mask.shape not in shapes:
+            _refuse(f"no mask or a padding mask {[batch, len_k]}", f"{mask.dtype} {mask.shape}")
+    if not is_causal and sliding_window is not None and len_q != len_k:
+        _refuse("queries and keys of the same tokens in a bidirectional window", (len_q, len_k))
+    if cu_q is not None:
+        if mask is not None:
+            _refuse("either padding or cu_seq_lens_q", "both")
+        cu_k = kwargs.get("cu_seq_lens_k")
+        lengths = [kwargs.get(name) for name in ("max_length_q", "max_length_k")]
+        max_q, max_k = (n if n is None or isinstance(n, int) else int(n) for n in lengths)
+        cu_q = cu_q.to(torch.int32)
+        return Sequences(cu_q, cu_q if cu_k is None else cu_k.to(torch.int32), max_q, max_k)
+    if mask is not None:
+        cross = not is_causal and sliding_window is None
+        found = from_mask(mask, positions, len_q, cross)
+        if found.holes and sliding_window is not None:
+            _refuse("padding at the ends of a row with a sliding window", "padding between tokens")
+        return found
+    return None if positions is None else from_positions(positions, batch, len_q, len_k)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sequences: Sequences | None,
+    is_causal: bool,
+    sliding_window: int | None,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+    deterministic: bool | None,
+    rotary: Rotary | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """attention over [B, S, H, D], packed where there are sequences; padded queries give 0."""
+    # transformers counts the query's own key; both sides are as wide where attention looks ahead.
+    side = -1 if sliding_window is None else sliding_window - 1
+    options = {
+        "causal": is_causal,
+        "window_size": (side, 0 if is_causal else side),
+        "sinks": sinks,
+        "softmax_scale": scaling,
+        "deterministic": bool(deterministic),
+        "rotary": rotary,
+        "position_ids": position_ids,
+    }
+    if sequences is None:
+        return attention(q, k, v, **options)
+    out = attention(
+        _take(q, sequences.rows_q),
+        _take(k, sequences.rows_k),
+        _take(v, sequences.rows_k),
+        cu_seqlens_q=sequences.cu_seqlens_q,
+        cu_seqlens_k=sequences.cu_seqlens_k,
+        max_seqlen_q=sequences.max_seqlen_q,
+        max_seqlen_k=sequences.max_seqlen_k,
+        **options,
+    )
+    if sequences.rows_q is not None:
+        padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:])
+        out = padded.index_copy(0, sequences.rows_q, out)
+    return out.unflatten(0, q.shape[:2])
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The tokens that take part, [B, S, H, D] -> [T, H, D]."""
+    x = x.flatten(0, 1)
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _unknown_parts(mask_function: Callable | None) -> list[str]:
+    """Names of the functions in a mask function that attention cannot stand in for."""
+    if mask_function is None:
+        return []
+    if torch.compiler.is_compiling():  # closures cannot be traced; an or_mask is the outermost
+        known = ("and_mask", "bidirectional_mask_function", "causal_mask_function")
+        return [] if mask_function.__name__ in known else [mask_function.__name__]
+    unknown = [] if mask_function.__qualname__ in _EXPRESSIBLE else [mask_function.__qualname__]
+    for cell in mask_function.__closure__ or ():
+        inside = cell.cell_contents
+        for part in inside if isinstance(inside, (tuple, list)) else (inside,):
+            if callable(part) and not isinstance(part, torch.Tensor):
+                unknown += _unknown_parts(part)
+    return unknown
+
+
+def _refuse(expected: str, got) -> NoReturn:
+    raise ValueError(f"{NAME}: expected {expected}, got {got}")
