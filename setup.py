@@ -1,6 +1,7 @@
-"""Build the native extensions with CMake and Ninja; without a compiler the package still installs."""
+"""Build the native code with CMake and Ninja; without a compiler the package still installs."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,10 +36,10 @@ class CMakeBuild(build_ext):
         if self.editable_mode or self.inplace:
             package = ROOT / "medgpt_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        for old in package.glob("_c_*"):
+        for old in (*package.glob("_c.*"), *package.glob("_cpu_*.so"), *package.glob("_cuda.so")):
             old.unlink()
         self._made = []
-        for built in sorted((self._build_dir() / "out").glob(f"_c_*{EXT_SUFFIX}")):
+        for built in sorted((self._build_dir() / "out").glob("*.so")):
             shutil.copy2(built, package / built.name)
             self._made.append(str(package / built.name))
         (package / "_build_info.txt").write_text(reason + "\n")
@@ -73,7 +74,9 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DMEDGPT_OUT={build / 'out'}",
                 f"-DMEDGPT_EXT_SUFFIX={EXT_SUFFIX}",
+                f"-DMEDGPT_CUDA={os.environ.get('MEDGPT_CUDA', '1')}",
                 f"-DMEDGPT_CUDA_ARCHS={os.environ.get('MEDGPT_CUDA_ARCHS', '')}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]  # fmt: skip
             self._call(configure, build)
             self._call([_tool("cmake"), "--build", str(build)], build)
@@ -86,7 +89,7 @@ class CMakeBuild(build_ext):
         return (build / "summary.txt").read_text().strip()
 
     def _call(self, command: list[str], build: Path):
-        """Run one step; a build environment of pip's moves, so a stale cache is thrown away once."""
+        """Run one step; pip moves its build environment, so a stale cache is thrown away."""
         log = build / "build.log"
         for attempt in range(2):
             with log.open("a") as stream:
@@ -101,6 +104,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("medgpt_kernels._c_cpu_baseline", sources=[], optional=True)],
+    ext_modules=[Extension("medgpt_kernels._c", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

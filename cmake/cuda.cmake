@@ -1,4 +1,4 @@
-# The CUDA module. MEDGPT_CUDA_ARCHS: "native" cards by default, "all" for wheels, or a list "80;90".
+# The CUDA library. MEDGPT_CUDA_ARCHS: "native" cards by default, "all" for wheels, or a list "80;90".
 execute_process(COMMAND ${NVCC} --list-gpu-arch OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
 set(release_archs 80 86 89 90 100 120)
 set(archs "${MEDGPT_CUDA_ARCHS}")
@@ -53,11 +53,12 @@ set(cuda_root "${CMAKE_MATCH_1}")
 find_library(CUDART_STATIC cudart_static
              HINTS ${cuda_root} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib targets/sbsa-linux/lib)
 if(CUDART_STATIC)
-  pybind11_add_module(_c_cuda MODULE NO_EXTRAS csrc/cuda/module.cpp ${objects})
+  add_library(_cuda MODULE ${objects})
   set_source_files_properties(${objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
   find_package(Threads REQUIRED)
-  target_link_libraries(_c_cuda PRIVATE ${CUDART_STATIC} Threads::Threads ${CMAKE_DL_LIBS} rt)
-  set_target_properties(_c_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${MEDGPT_OUT} SUFFIX ${MEDGPT_EXT_SUFFIX})
+  target_link_libraries(_cuda PRIVATE ${CUDART_STATIC} Threads::Threads ${CMAKE_DL_LIBS} rt)
+  set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CXX LIBRARY_OUTPUT_DIRECTORY ${MEDGPT_OUT}
+                                         PREFIX "" SUFFIX .so)
   string(REPLACE ";" "," built "${built}")
   set(summary "${summary} cuda:sm_${built}+ptx")
 else()

@@ -1,4 +1,4 @@
-"""The compiled modules: which instruction set and which CUDA build this machine can run, and why."""
+"""The compiled modules: what this machine can run of them, and why not the rest."""
 
 import functools
 import importlib
@@ -20,48 +20,65 @@ def build_info() -> str:
 
 
 @functools.cache
-def cpu_module(isa: str) -> ModuleType:
-    """The CPU kernels compiled for one instruction set: "baseline", "v3", "v4"."""
+def _bindings() -> ModuleType:
     try:
-        return importlib.import_module(f"medgpt_kernels._c_cpu_{isa}")
+        return importlib.import_module("medgpt_kernels._c")
     except ImportError as error:
+        raise Unsupported(f"{error}; {build_info()}") from None
+
+
+@functools.cache
+def cpu_library(isa: str):
+    """The CPU kernels compiled for one instruction set: "baseline", "v3", "v4"."""
+    path = Path(__file__).with_name(f"_cpu_{isa}.so")
+    try:
+        return _bindings().open_cpu(str(path))
+    except RuntimeError as error:
         raise Unsupported(f"{error}; {build_info()}") from None
 
 
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets that this machine has and this build covers, best first."""
-    return tuple(cpu_module("baseline").supported_isas())
+    return tuple(_bindings().supported_isas())
 
 
-def cpu() -> ModuleType:
-    """The best CPU module of this machine; MEDGPT_KERNELS_CPU_ISA picks another.
+def cpu():
+    """The best CPU library of this machine; MEDGPT_KERNELS_CPU_ISA picks another.
 
     Raises Unsupported when nothing was built.
     """
     wanted = os.environ.get("MEDGPT_KERNELS_CPU_ISA")
     isas = supported_isas()
     if wanted is None:
-        return cpu_module(isas[0])
+        return cpu_library(isas[0])
     if wanted not in isas:
         raise Unsupported(f"MEDGPT_KERNELS_CPU_ISA={wanted}: this machine has {', '.join(isas)}")
-    return cpu_module(wanted)
+    return cpu_library(wanted)
 
 
 @functools.cache
-def cuda(device: int = 0) -> ModuleType:
-    """The CUDA module, once a probe launch has run on the device.
+def cuda(device: int = 0):
+    """The CUDA library, once a probe launch has run on the device.
 
     Raises Unsupported with the reason: not built, or what the driver said.
     """
+    path = Path(__file__).with_name("_cuda.so")
+    if not path.exists():
+        raise Unsupported(build_info())
     try:
-        module = importlib.import_module("medgpt_kernels._c_cuda")
-    except ImportError as error:
-        raise Unsupported(f"{error}; {build_info()}") from None
-    reason = module.probe(device)
+        library = _bindings().open_cuda(str(path))
+    except RuntimeError as error:
+        raise Unsupported(str(error)) from None
+    reason = library.probe(device)
     if reason:
         raise Unsupported(f"probe launch on device {device}: {reason}")
-    return module
+    return library
+
+
+def problem(name: str, **fields):
+    """One of the C++ argument structs, by name."""
+    return getattr(_bindings(), name)(**fields)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

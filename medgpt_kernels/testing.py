@@ -87,11 +87,13 @@ def interpreting() -> bool:
 def backend_modules(op: str, device_type: str = "cpu") -> dict[str, ModuleType]:
     """The modules of an op that can run on a device type here, reference first.
 
-    On the CPU the triton module counts only under TRITON_INTERPRET=1.
+    On the CPU the triton module counts only under TRITON_INTERPRET=1, and then computes in bf16 as
+    hardware does.
     """
     names = ["reference", *(n for n in registry.candidates(device_type) if n != "reference")]
     if device_type == "cpu" and interpreting():
         names.append("triton")
+        patch_interpreter_bf16()
     found = {}
     for name in names:
         with contextlib.suppress(ImportError, registry.Unsupported):
@@ -145,17 +147,22 @@ def realistic(*shape: int, dtype=torch.float32, seed: int = 0, outliers: int = 4
 
 
 def patch_interpreter_bf16() -> None:
-    """Make Triton's interpreter round fp32 to bf16 to nearest even, as hardware does.
+    """Make Triton's interpreter compute in bf16 as hardware does.
 
-    The interpreter truncates, so about half of all bf16 values would be off by one place. Call it
-    once in the process, before a kernel runs under TRITON_INTERPRET=1.
+    It keeps bf16 as raw bits, truncates fp32 to bf16 where hardware rounds to nearest even (half of
+    all values differ), and its dot multiplies the bits as integers. Called once in the process,
+    before a kernel runs under TRITON_INTERPRET=1; backend_modules does so.
     """
     import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     if getattr(interpreter, "_medgpt_bf16", False):
         return
-    original = interpreter._convert_float
+    convert_float, create_dot = (
+        interpreter._convert_float,
+        interpreter.InterpreterBuilder.create_dot,
+    )
 
     def convert(data, source, target, rounding_mode):
         if source.primitive_bitwidth == 32 and target.is_bf16() and rounding_mode is None:
@@ -163,7 +170,17 @@ def patch_interpreter_bf16() -> None:
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             nan = (bits & 0x7FFFFFFF) > 0x7F800000
             return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
-        return original(data, source, target, rounding_mode)
+        return convert_float(data, source, target, rounding_mode)
+
+    def widen(handle):
+        if not handle.dtype.scalar.is_bf16():
+            return handle
+        bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return create_dot(self, widen(a), widen(b), *rest)
 
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
     interpreter._medgpt_bf16 = True

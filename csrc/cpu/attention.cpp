@@ -2,16 +2,12 @@
 #include "attention.h"
 
 #include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.h"
-
-namespace py = pybind11;
 
 namespace attention {
 namespace {
@@ -110,7 +106,7 @@ void step(const Problem& problem, const Panel& panel, const float* queries, cons
 
 template <typename T>
 void finish_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const float* maximum,
-                  const float* sum, const float* columns, float* rows, const ForwardArguments& a) {
+                  const float* sum, const float* columns, float* rows, const AttentionForward& a) {
   const Problem& p = *s.p;
   int64_t group = p.group(), padded = p.padded();
   vf inverse[kBV];
@@ -131,7 +127,7 @@ void finish_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const 
 }
 
 template <typename T>
-void forward_unit(const Sequence& s, const Unit& unit, const ForwardArguments& a, Scratch& w) {
+void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a, Scratch& w) {
   const Problem& p = *s.p;
   int64_t dim = p.head_dim, padded = p.padded(), group = p.group();
   int64_t panels = (unit.rows.hi - unit.rows.lo + kRows - 1) / kRows;
@@ -192,11 +188,11 @@ std::vector<Unit> make_units(const Problem& p, const std::vector<Sequence>& sequ
   return units;
 }
 
-void forward(const Problem& p, int dtype, const ForwardArguments& a) {
+void forward(const Problem& p, DType dtype, const AttentionForward& a) {
   std::vector<Sequence> sequences = make_sequences(p);
   int64_t unit_rows;
   std::vector<Unit> units = make_units(p, sequences, unit_rows);
-  with_dtype(static_cast<DType>(dtype), [&](auto tag) {
+  with_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
     int64_t batches = p.cu_q != nullptr ? 1 : p.sequences;
     advise_huge_pages(a.out, batches * p.tokens_q * p.heads * p.head_dim * sizeof(T));
@@ -210,54 +206,6 @@ void forward(const Problem& p, int dtype, const ForwardArguments& a) {
   });
 }
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Problem make_problem(int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                     int64_t tokens_q, int64_t tokens_k, uintptr_t cu_q, uintptr_t cu_k,
-                     uintptr_t cos, uintptr_t sin, int64_t half, int64_t table_length,
-                     uintptr_t position_ids, int64_t window_left, int64_t window_right,
-                     float scale) {
-  return {sequences,
-          heads,
-          kv_heads,
-          head_dim,
-          tokens_q,
-          tokens_k,
-          pointer<const int32_t>(cu_q),
-          pointer<const int32_t>(cu_k),
-          pointer<const float>(cos),
-          pointer<const float>(sin),
-          half,
-          table_length,
-          pointer<const int32_t>(position_ids),
-          window_left,
-          window_right,
-          scale};
-}
-
-// Absent tensors are passed as 0.
-void forward_from_python(const Problem& p, int dtype, uintptr_t q, uintptr_t k, uintptr_t v,
-                         Strides q_strides, Strides k_strides, Strides v_strides,
-                         Strides out_strides, uintptr_t sinks, uintptr_t out, uintptr_t lse) {
-  forward(p, dtype,
-          {pointer(q), pointer(k), pointer(v), q_strides, k_strides, v_strides, out_strides,
-           pointer<const float>(sinks), pointer(out), pointer<float>(lse)});
-}
-
-void backward_from_python(const Problem& p, int dtype, uintptr_t d_out, uintptr_t q, uintptr_t k,
-                          uintptr_t v, uintptr_t out, Strides d_out_strides, Strides q_strides,
-                          Strides k_strides, Strides v_strides, Strides out_strides,
-                          uintptr_t d_lse, uintptr_t lse, uintptr_t sinks, uintptr_t d_q,
-                          uintptr_t d_k, uintptr_t d_v, uintptr_t d_sinks) {
-  backward(p, dtype,
-           {pointer(d_out), pointer(q), pointer(k), pointer(v), pointer(out), d_out_strides,
-            q_strides, k_strides, v_strides, out_strides, pointer<const float>(d_lse),
-            pointer<const float>(lse), pointer<const float>(sinks), pointer(d_q), pointer(d_k),
-            pointer(d_v), pointer<float>(d_sinks)});
-}
 }  // namespace
 
 std::vector<Sequence> make_sequences(const Problem& p) {
@@ -272,22 +220,6 @@ std::vector<Sequence> make_sequences(const Problem& p) {
 }
 }  // namespace attention
 
-void bind_attention(py::module_& m) {
-  using attention::Problem;
-  py::class_<Problem>(m, "AttentionProblem", py::module_local())
-      .def(py::init(&attention::make_problem), py::kw_only(), py::arg("sequences"),
-           py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("tokens_q"),
-           py::arg("tokens_k"), py::arg("cu_q"), py::arg("cu_k"), py::arg("cos"), py::arg("sin"),
-           py::arg("half"), py::arg("table_length"), py::arg("position_ids"),
-           py::arg("window_left"), py::arg("window_right"), py::arg("scale"));
-  m.def("attention_fwd", &attention::forward_from_python, py::kw_only(), py::arg("problem"),
-        py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"),
-        py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("sinks"),
-        py::arg("out"), py::arg("lse"), py::call_guard<py::gil_scoped_release>());
-  m.def("attention_bwd", &attention::backward_from_python, py::kw_only(), py::arg("problem"),
-        py::arg("dtype"), py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("out"), py::arg("d_out_strides"), py::arg("q_strides"), py::arg("k_strides"),
-        py::arg("v_strides"), py::arg("out_strides"), py::arg("d_lse"), py::arg("lse"),
-        py::arg("sinks"), py::arg("d_q"), py::arg("d_k"), py::arg("d_v"), py::arg("d_sinks"),
-        py::call_guard<py::gil_scoped_release>());
+void attention_fwd(const AttentionProblem& p, DType dtype, const AttentionForward& a) {
+  attention::forward(attention::Problem(p), dtype, a);
 }

@@ -8,12 +8,12 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "buffer.h"
 #include "gemm.h"
+#include "kernels.h"
 #include "rotary.h"
 #include "vmath.h"
 
@@ -32,17 +32,8 @@ constexpr int kKeys = 96;         // most keys between two updates of the runnin
 constexpr int kPackedKeys = 384;  // keys in the micro-kernel's order at one time
 static_assert(kKeys % kLanes == 0 && kPackedKeys % kKeys == 0 && kLanes % kAR == 0, "whole panels");
 
-using Strides = std::array<int64_t, 3>;  // elements from one batch, token, head to the next
-
-struct Problem {
-  int64_t sequences, heads, kv_heads, head_dim;
-  int64_t tokens_q, tokens_k;  // of one batch entry, or packed in all
-  const int32_t *cu_q, *cu_k;  // null: batched
-  const float *cos, *sin;      // [table_length][half], null: no rotary
-  int64_t half, table_length;
-  const int32_t* position_ids;        // [tokens of k], null: counted
-  int64_t window_left, window_right;  // -1: open
-  float scale;
+struct Problem : AttentionProblem {
+  explicit Problem(const AttentionProblem& p) : AttentionProblem(p) {}
 
   int64_t group() const { return heads / kv_heads; }
   int64_t padded() const { return round_up(head_dim, kLanes); }
@@ -231,20 +222,4 @@ struct Unit {
 
 // Throws where lengths, window or positions would lead outside the tensors.
 std::vector<Sequence> make_sequences(const Problem& p);
-
-struct ForwardArguments {
-  const void *q, *k, *v;
-  Strides q_strides, k_strides, v_strides, out_strides;
-  const float* sinks;  // [H] or null
-  void* out;
-  float* lse;
-};
-struct BackwardArguments {
-  const void *d_out, *q, *k, *v, *out;
-  Strides d_out_strides, q_strides, k_strides, v_strides, out_strides;
-  const float *d_lse, *lse, *sinks;  // d_lse [like lse] or null
-  void *d_q, *d_k, *d_v;             // contiguous; null: not wanted
-  float* d_sinks;
-};
-void backward(const Problem& p, int dtype, const BackwardArguments& a);
 }  // namespace attention

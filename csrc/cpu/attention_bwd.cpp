@@ -146,7 +146,7 @@ void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_
 
 // delta = sum of d_out * out less d_lse, and the sinks' gradient.
 template <typename T>
-void start_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const BackwardArguments& a,
+void start_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const AttentionBackward& a,
                  const float* d_out_rows, float* out_rows, float* lse, float* delta,
                  double* d_sinks) {
   const Problem& p = *s.p;
@@ -190,7 +190,7 @@ void store_d_query(const Sequence& s, const Panel& panel, int64_t kv_head, const
 }
 
 template <typename T>
-void backward_chunk(const Sequence& s, const Part& part, Range rows, const BackwardArguments& a,
+void backward_chunk(const Sequence& s, const Part& part, Range rows, const AttentionBackward& a,
                     float* d_k, float* d_v, double* d_sinks, Scratch& w) {
   const Problem& p = *s.p;
   int64_t dim = p.head_dim, padded = p.padded();
@@ -316,7 +316,7 @@ void store_d_keys(const Problem& p, const std::vector<Sequence>& sequences,
 }
 
 template <typename T>
-void backward_typed(const Problem& p, const BackwardArguments& a) {
+void backward_typed(const Problem& p, const AttentionBackward& a) {
   std::vector<Sequence> sequences = make_sequences(p);
   std::vector<Part> parts = make_parts(p, sequences);
   std::vector<size_t> order(parts.size());
@@ -363,8 +363,9 @@ void backward_typed(const Problem& p, const BackwardArguments& a) {
   }
 }
 }  // namespace
-
-void backward(const Problem& p, int dtype, const BackwardArguments& a) {
-  with_dtype(static_cast<DType>(dtype), [&](auto tag) { backward_typed<decltype(tag)>(p, a); });
-}
 }  // namespace attention
+
+void attention_bwd(const AttentionProblem& p, DType dtype, const AttentionBackward& a) {
+  with_dtype(dtype,
+             [&](auto tag) { attention::backward_typed<decltype(tag)>(attention::Problem(p), a); });
+}

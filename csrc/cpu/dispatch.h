@@ -1,6 +1,7 @@
 // From a dtype code of Python to a type.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 template <typename F>

@@ -30,8 +30,6 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3 };
-
 template <typename To, typename From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -107,7 +105,7 @@ inline void store(f16* p, vf v) {
   vu normal = (r - 0x38000000u) >> 13;
   vu subnormal = bit_cast<vu>(__builtin_convertvector(rounded * 0x1p24f, vi));
   vi is_sub = bit_cast<vi>(r) < 0x38800000;
-  vi over = bit_cast<vi>(r) >= 0x47800000;  // 65536 and more, infinity
+  vi over = (bit_cast<vi>(r) >= 0x47800000) | (bit_cast<vi>(magnitude) >= 0x47800000);  // 2^16
   vi nan = v != v;
   vu h = (bit_cast<vu>(is_sub) & subnormal) | (bit_cast<vu>(~is_sub) & normal);
   h = (bit_cast<vu>(over) & 0x7c00u) | (bit_cast<vu>(~over) & h);

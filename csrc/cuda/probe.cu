@@ -1,12 +1,13 @@
 // One launch that tells whether this build runs on this card and driver.
 #include <cuda_runtime.h>
 
+#include "kernels.h"
+
 namespace {
 __global__ void probe_kernel(int* out) { *out = 42; }
 }  // namespace
 
-// Empty string when a kernel of this module runs on the device, else the driver's reason.
-const char* medgpt_cuda_probe(int device) {
+const char* cuda_probe(int device) {
   int before = 0, *out = nullptr, value = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);

@@ -27,13 +27,12 @@ def _floats(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _problem(
-    module, q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
-):
+def _problem(q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale):
     """The C++ description of one call; its tensors must stay alive while it is used."""
     if q.dtype not in DTYPE_CODES:
         raise Unsupported(f"q of {q.dtype}")
-    return module.AttentionProblem(
+    return native.problem(
+        "AttentionProblem",
         sequences=q.shape[0] if cu_q is None else cu_q.shape[0] - 1,
         heads=q.shape[-2],
         kv_heads=k.shape[-2],
@@ -70,16 +69,16 @@ def attention_fwd(
     softmax_scale,
     deterministic,
 ):
-    module = native.cpu()
+    library = native.cpu()
     q, k, v = rows(q), rows(k), rows(v)
     sinks, cos, sin = _floats(sinks), _floats(cos), _floats(sin)
     position_ids, cu_q, cu_k = map(_integers, (position_ids, cu_seqlens_q, cu_seqlens_k))
     problem = _problem(
-        module, q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
+        q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
     )
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
-    module.attention_fwd(
+    library.attention_fwd(
         problem=problem,
         dtype=DTYPE_CODES[q.dtype],
         q=pointer(q),
@@ -118,19 +117,19 @@ def attention_bwd(
     deterministic,
     wanted,
 ):
-    module = native.cpu()
+    library = native.cpu()
     q, k, v, out, d_out = map(rows, (q, k, v, out, d_out))
     wide_sinks, cos, sin, d_lse = map(_floats, (sinks, cos, sin, d_lse))
     lse = lse.contiguous()
     position_ids, cu_q, cu_k = map(_integers, (position_ids, cu_seqlens_q, cu_seqlens_k))
     problem = _problem(
-        module, q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
+        q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
     )
     d_q, d_k, d_v, d_sinks = (
         torch.empty(t.shape, dtype=t.dtype) if need else None
         for t, need in zip((q, k, v, wide_sinks), wanted, strict=True)
     )
-    module.attention_bwd(
+    library.attention_bwd(
         problem=problem,
         dtype=DTYPE_CODES[q.dtype],
         d_out=pointer(d_out),

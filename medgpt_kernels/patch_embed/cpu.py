@@ -17,7 +17,6 @@ INTERPOLATION_CODES = {
 
 
 def _problem(
-    module,
     pixels,
     sizes,
     weight,
@@ -32,7 +31,8 @@ def _problem(
     """The C++ description of one batch; its tensors must stay alive while it is used."""
     if weight.dtype not in DTYPE_CODES or pixels.dtype not in DTYPE_CODES:
         raise Unsupported(f"pixels {pixels.dtype} with weight {weight.dtype}")
-    return module.PatchEmbedProblem(
+    return native.problem(
+        "PatchEmbedProblem",
         pixels=pixels.data_ptr(),
         pixel_dtype=DTYPE_CODES[pixels.dtype],
         sizes=sizes.data_ptr(),
@@ -62,14 +62,14 @@ def patch_embed_fwd(
     mean,
     std,
 ):
-    module = native.cpu()
+    library = native.cpu()
     pixels, sizes, weight = pixels.contiguous(), sizes.contiguous(), weight.contiguous()
     table = None if position_embedding is None else position_embedding.float().contiguous()
     bias = None if bias is None else bias.contiguous()
     prefix = None if prefix is None else prefix.contiguous()
     rows = 0 if prefix is None else prefix.shape[0]
     problem = _problem(
-        module, pixels, sizes, weight, table, rows,
+        pixels, sizes, weight, table, rows,
         patch_size, weight_layout, interpolation, mean, std,
     )  # fmt: skip
     total = pixels.numel() // (3 * patch_size * patch_size) + rows * sizes.shape[0]
@@ -78,7 +78,7 @@ def patch_embed_fwd(
     grid_sizes = torch.div(sizes, patch_size, rounding_mode="floor")
     cu_seqlens = torch.zeros(sizes.shape[0] + 1, dtype=torch.int32)
     torch.cumsum(grid_sizes.prod(1) + rows, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    module.patch_embed_fwd(
+    library.patch_embed_fwd(
         problem=problem,
         dtype=DTYPE_CODES[weight.dtype],
         weight=pointer(weight),
@@ -106,32 +106,33 @@ def patch_embed_bwd(
     std,
     wanted,
 ):
-    module = native.cpu()
+    library = native.cpu()
     pixels, sizes, weight = pixels.contiguous(), sizes.contiguous(), weight.contiguous()
     d_tokens = d_tokens.contiguous()
     rows = 0 if prefix is None else prefix.shape[0]
     problem = _problem(
-        module, pixels, sizes, weight, position_embedding, rows,
+        pixels, sizes, weight, position_embedding, rows,
         patch_size, weight_layout, interpolation, mean, std,
     )  # fmt: skip
     tensors = (weight, bias, position_embedding, prefix, pixels)
-    d_weight, d_bias, d_table, d_prefix, d_pixels = (
-        torch.empty(t.shape, dtype=t.dtype) if need else None
-        for t, need in zip(tensors, wanted, strict=True)
-    )
-    d_table32 = None if d_table is None else torch.empty(d_table.shape, dtype=torch.float32)
-    module.patch_embed_bwd(
+    made = (weight.dtype, weight.dtype, torch.float32, weight.dtype, torch.float32)
+    grads = [
+        torch.empty(t.shape, dtype=dtype) if need else None
+        for t, dtype, need in zip(tensors, made, wanted, strict=True)
+    ]
+    d_weight, d_bias, d_table, d_prefix, d_pixels = grads
+    library.patch_embed_bwd(
         problem=problem,
         dtype=DTYPE_CODES[weight.dtype],
         d_tokens=pointer(d_tokens),
         weight=pointer(weight),
         d_weight=pointer(d_weight),
         d_bias=pointer(d_bias),
-        d_table=pointer(d_table32),
+        d_table=pointer(d_table),
         d_prefix=pointer(d_prefix),
         d_pixels=pointer(d_pixels),
     )
-    if d_table is not None:
-        d_table = d_table32.to(d_table.dtype)
-    grads = (d_weight, d_bias, d_table, d_prefix, d_pixels)
-    return tuple(weight.new_empty(0) if g is None else g for g in grads)
+    return tuple(
+        weight.new_empty(0) if g is None else g.to(t.dtype)
+        for g, t in zip(grads, tensors, strict=True)
+    )

@@ -4,7 +4,7 @@ N images, T patches in all, R prefix rows an image, total = T + N R tokens, P pa
 G side of the position table, C = 3 channels.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +25,14 @@ class PackedImages(NamedTuple):
     sizes: torch.Tensor  # [N, 2] int32 height, width; on the device of pixels
     sizes_host: torch.Tensor  # [N, 2] int32, the same on the host
     max_area: int  # largest H W
-    size_gcd: int  # greatest common divisor of all heights and widths
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedImages":
         """The same images on another device; sizes_host stays."""
-        return self._replace(
-            pixels=self.pixels.to(device, non_blocking=non_blocking),
-            sizes=self.sizes.to(device, non_blocking=non_blocking),
+        return _mark_dynamic(
+            self._replace(
+                pixels=self.pixels.to(device, non_blocking=non_blocking),
+                sizes=self.sizes.to(device, non_blocking=non_blocking),
+            )
         )
 
 
@@ -87,9 +88,17 @@ def pack_images(images: Sequence[Any], *, device: torch.device | str | None = No
         sizes=sizes_host.to(pixels.device),
         sizes_host=sizes_host,
         max_area=max(h * w for h, w in sizes),
-        size_gcd=math.gcd(*(side for size in sizes for side in size)),
     )
-    return packed if device is None else packed.to(device)
+    return _mark_dynamic(packed) if device is None else packed.to(device)
+
+
+def _mark_dynamic(packed: PackedImages) -> PackedImages:
+    """Tell torch.compile, where it is in use, that the count and sizes of images vary."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and not torch.compiler.is_compiling():
+        for t in (packed.pixels, packed.sizes, packed.sizes_host):
+            dynamo.maybe_mark_dynamic(t, 0)
+    return packed
 
 
 def _as_tensor(image: Any, index: int) -> torch.Tensor:
@@ -174,7 +183,8 @@ def patch_embed(
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit, an image smaller than a patch
-            or not a multiple of it (its index and size are named).
+            or not a multiple of it (its index and size are named; inside torch.compile these two
+            are asserted on the device instead).
     """
     device_type = images.pixels.device.type
     if torch.is_autocast_enabled(device_type):
@@ -223,7 +233,10 @@ def _check_arguments(
     for name, values in (("mean", mean), ("std", std)):
         expect(len(values) == CHANNELS, f"{name} of {CHANNELS} floats", list(values))
     expect(all(s > 0 for s in std), "std above 0", list(std))
-    if images.size_gcd % patch_size:
+    if torch.compiler.is_compiling():
+        fits = (images.sizes % patch_size == 0).all()
+        torch._assert_async(fits, "patch_embed: expected image sides in multiples of patch_size")
+    elif (images.sizes_host.numpy() % patch_size).any():
         _refuse_sizes(images.sizes_host, patch_size)
     expect(
         weight.dtype.is_floating_point and weight.ndim in (2, 4),

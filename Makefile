@@ -1,0 +1,49 @@
+# Every command of the project; README's two need none of this.
+PYTHON ?= python
+THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: install check format test test-slow aot bench bench-save bench-compare memory wheel gpu-report clean
+
+install:  ## editable, with everything the tests need
+	$(PYTHON) -m pip install -c constraints.txt -e ".[dev]"
+
+check:  ## lint and formatting, Python and C++
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i csrc/*.cpp csrc/*/*
+
+test:
+	$(PYTHON) -m pytest
+
+test-slow:  ## builds without nvcc and without a compiler, wheels, a second install
+	$(PYTHON) -m pytest -m slow
+
+aot:  ## every Triton kernel, every tuned config, every card
+	$(PYTHON) -m pytest -m aot
+
+bench:
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+bench-save:  ## as bench, and write benchmarks/results/
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result
+
+bench-compare:  ## OLD=... NEW=...: fails where one of ours lost against the run's own baseline
+	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)
+
+wheel:  ## a wheel for every card, tested as installed, not editable
+	rm -rf dist
+	MEDGPT_CUDA_ARCHS=all MEDGPT_REQUIRE_NATIVE=1 $(PYTHON) -m pip wheel --no-deps -w dist .
+	$(PYTHON) tests/check_wheel.py dist/*.whl
+
+gpu-report:  ## on a machine with a GPU: the gpu tests, then the benchmarks with a result file
+	$(PYTHON) -m pytest tests -m gpu
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result
+
+clean:
+	rm -rf build dist *.egg-info medgpt_kernels/*.so medgpt_kernels/_build_info.txt

@@ -1,0 +1,108 @@
+// What one instruction set's library offers: plain functions over pointers and sizes.
+//
+// Every csrc/cpu source is compiled once per instruction set into a library of its own, whose only
+// visible symbol returns this table; the Python module opens the library that fits the machine.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3 };
+
+// N images, T patches, R prefix rows an image, P patch side, D width, G side of the table (0:
+// none).
+struct PatchEmbedProblem {
+  const void* pixels;  // uint8 HWC or float CHW, image after image
+  DType pixel_dtype;
+  const int32_t* sizes;  // [N, 2] height, width in pixels
+  int64_t images, patches, prefix_rows, patch_size, width, grid;
+  int interpolation;  // 0 bilinear antialias, 1 align corners, 2 bicubic, 3 bicubic antialias
+  bool conv_layout;   // weight [D, C, P, P], else [D, P, P, C]
+  float mean[3], std[3];
+};
+
+// Absent tensors and gradients that are not wanted are null. Everything is contiguous.
+struct PatchEmbedForward {
+  DType dtype;  // of weight, bias, prefix and tokens
+  const void *weight, *bias;
+  const float* table;  // [G, G, D]
+  const void* prefix;
+  void* tokens;     // [T + N R, D]
+  int32_t* coords;  // [T + N R, 2]
+};
+struct PatchEmbedBackward {
+  DType dtype;  // of d_tokens, weight, d_weight, d_bias and d_prefix
+  const void *d_tokens, *weight;
+  void *d_weight, *d_bias;
+  float* d_table;
+  void* d_prefix;
+  float* d_pixels;
+};
+
+void patch_embed_fwd(const PatchEmbedProblem&, const PatchEmbedForward&);
+void patch_embed_bwd(const PatchEmbedProblem&, const PatchEmbedBackward&);
+
+using Strides = std::array<int64_t, 3>;  // elements from one batch, token, head to the next
+
+// Rotates q and k (direction 1) or takes their gradients back (-1). H heads, half = R / 2.
+struct RotaryProblem {
+  int64_t batches, tokens, head_dim, half, table_length;
+  const float *cos, *sin;       // [table_length, half]
+  const int32_t* position_ids;  // [batches * tokens] or null
+  const int32_t* cu_seqlens;    // [sequences + 1] or null
+  int64_t sequences;
+  float direction;
+};
+struct RotaryTensor {
+  const void* in;
+  void* out;  // contiguous
+  Strides strides;
+  int64_t heads;
+};
+void rotary(const RotaryProblem&, DType dtype, const RotaryTensor& q, const RotaryTensor& k);
+
+struct AttentionProblem {
+  int64_t sequences, heads, kv_heads, head_dim;
+  int64_t tokens_q, tokens_k;  // of one batch entry, or packed in all
+  const int32_t *cu_q, *cu_k;  // null: batched
+  const float *cos, *sin;      // [table_length, half], null: no rotary
+  int64_t half, table_length;
+  const int32_t* position_ids;        // [tokens of k], null: counted
+  int64_t window_left, window_right;  // -1: open
+  float scale;
+};
+struct AttentionForward {
+  const void *q, *k, *v;
+  Strides q_strides, k_strides, v_strides, out_strides;
+  const float* sinks;  // [H] or null
+  void* out;
+  float* lse;
+};
+struct AttentionBackward {
+  const void *d_out, *q, *k, *v, *out;
+  Strides d_out_strides, q_strides, k_strides, v_strides, out_strides;
+  const float *d_lse, *lse, *sinks;  // d_lse [like lse] or null
+  void *d_q, *d_k, *d_v;             // contiguous; null: not wanted
+  float* d_sinks;
+};
+void attention_fwd(const AttentionProblem&, DType dtype, const AttentionForward&);
+void attention_bwd(const AttentionProblem&, DType dtype, const AttentionBackward&);
+
+// out[i] = 2^in[i], n a multiple of the vector's length; for its accuracy test
+void exp2_all(const float* in, float* out, int64_t n);
+
+// fp32 <-> bf16 / fp16, for the tests that hold every instruction set to one rounding
+void narrow(const float* in, void* out, int64_t n, DType dtype);
+void widen(const void* in, float* out, int64_t n, DType dtype);
+
+struct CpuKernels {
+  const char* isa;
+  decltype(&::narrow) narrow;
+  decltype(&::widen) widen;
+  decltype(&::patch_embed_fwd) patch_embed_fwd;
+  decltype(&::patch_embed_bwd) patch_embed_bwd;
+  decltype(&::exp2_all) exp2;
+  decltype(&::rotary) rotary;
+  decltype(&::attention_fwd) attention_fwd;
+  decltype(&::attention_bwd) attention_bwd;
+};

@@ -1,0 +1,135 @@
+"""What this device can do at best, and how near to it a measured time comes.
+
+A roof is measured, not read from a data sheet: the copy rate and the matrix-product rate that
+torch reaches here. An op's cost is the least traffic and work that any implementation needs.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+COPY_BYTES = 256 << 20
+GEMM_SHAPE = (2048, 2880, 5760)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Roofs(NamedTuple):
+    """Measured limits of one device."""
+
+    copy_gbs: float  # bytes read plus bytes written, in GB/s
+    gemm_gflops: dict[torch.dtype, float]
+
+
+class Cost(NamedTuple):
+    """The least bytes moved to or from memory, and the floating-point operations, of a call."""
+
+    bytes: int
+    flops: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def time_call(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of one call; on a GPU between two events, so queued work is counted."""
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _median(function: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+    function()
+    return statistics.median(time_call(function, device) for _ in range(rounds))
+
+
+@functools.cache
+def measure(device: str = "cpu") -> Roofs:
+    """Measure a device's roofs; once a process, about two seconds on a small CPU.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        Roofs: medians of five rounds of a 256 MB copy and of a 2048 x 2880 x 5760 product a dtype.
+        fp32 products are full fp32 (torch's default), never TF32.
+    """
+    where = torch.device(device)
+    return Roofs(_copy_gbs(where), {dtype: _gemm_gflops(where, dtype) for dtype in DTYPES})
+
+
+def _copy_gbs(device: torch.device) -> float:
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _median(functools.partial(target.copy_, source), device) / 1e9
+
+
+def _gemm_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    m, k, n = GEMM_SHAPE
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=dtype, device=device)
+    return 2 * m * k * n / _median(functools.partial(torch.mm, a, b, out=out), device) / 1e9
+
+
+def bound_seconds(cost: Cost, roofs: Roofs, dtype: torch.dtype = torch.float32) -> float:
+    """The time that the nearer roof allows: traffic and arithmetic overlap perfectly."""
+    return max(cost.bytes / roofs.copy_gbs, cost.flops / roofs.gemm_gflops[dtype]) / 1e9
+
+
+def percent_of_roof(
+    cost: Cost, seconds: float, roofs: Roofs, dtype: torch.dtype = torch.float32
+) -> float:
+    """How much of the nearer roof a measured time reaches, in percent."""
+    return 100 * bound_seconds(cost, roofs, dtype) / seconds
+
+
+def patch_embed_cost(
+    patches: int,
+    patch_size: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    pixel_bytes: int = 1,
+    table_cells: int = 0,
+    prefix_rows: int = 0,
+    images: int = 1,
+    backward: bool = False,
+    d_pixels: bool = False,
+) -> Cost:
+    """The cost of patch_embed's forward, or of its backward alone.
+
+    Forward: pixels, weight, bias, table and prefix are read once and every token is written once.
+    Backward: token gradients and pixels are read once, each parameter's gradient is written once;
+    pixel gradients, where wanted, read the weight too and double the products. The interpolation
+    of positions is not counted as work: it is a few operations a token element.
+
+    Args:
+        patches: in all images. patch_size: side. width: of a token.
+        dtype: of weight and tokens; the table counts as fp32.
+        pixel_bytes: 1 for uint8.
+        table_cells: G * G, or 0 without a table.
+        prefix_rows: rows before each of `images` images.
+        d_pixels: whether the pixels, then float, want a gradient (backward only).
+    """
+    depth = 3 * patch_size * patch_size
+    pixels = patches * depth * pixel_bytes
+    weight = (depth + 1) * width * dtype.itemsize
+    positions = table_cells * width * 4
+    prefix = prefix_rows * width * dtype.itemsize
+    tokens = (patches + images * prefix_rows) * width * dtype.itemsize
+    products = 2 * patches * depth * width
+    cost = Cost(pixels + weight + positions + prefix + tokens, products)
+    if backward and d_pixels:
+        cost += Cost(pixels + depth * width * dtype.itemsize, products)
+    return cost

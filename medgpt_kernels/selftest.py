@@ -1,0 +1,105 @@
+"""Half a minute on the user's own machine: every op x dtype x backend against its reference."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+import medgpt_kernels as mk
+from medgpt_kernels import registry, testing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Outputs = dict[str, torch.Tensor]
+
+
+def patch_embed(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
+    """Tokens and gradients; inputs are rounded to `dtype`, then computed in `compute`."""
+    g = torch.Generator().manual_seed(0)
+
+    def parameter(*shape, scale=1.0):
+        t = (torch.randn(*shape, generator=g) * scale).to(dtype)
+        return t.to(device, compute).requires_grad_()
+
+    sizes = [(64, 96), (16, 16), (16, 128), (112, 48)]
+    images = mk.pack_images(
+        [torch.randint(0, 256, (h, w, 3), generator=g, dtype=torch.uint8) for h, w in sizes],
+        device=device,
+    )
+    inputs = {
+        "weight": parameter(96, 768, scale=768**-0.5),
+        "bias": parameter(96),
+        "position_embedding": parameter(6, 6, 96),
+        "prefix": parameter(2, 96),
+    }
+    tokens = mk.patch_embed(
+        images,
+        patch_size=16,
+        weight_layout="linear",
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        **inputs,
+    ).tokens
+    seed = torch.randn(tokens.shape, generator=g).to(dtype).to(device, compute)
+    grads = torch.autograd.grad(tokens, list(inputs.values()), seed)
+    return {"tokens": tokens, **{f"d_{n}": d for n, d in zip(inputs, grads, strict=True)}}
+
+
+OPS: dict[str, Callable[[str, torch.dtype, torch.dtype], Outputs]] = {"patch_embed": patch_embed}
+
+
+def devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@contextlib.contextmanager
+def _strict() -> Iterator[None]:
+    """No falling back to the reference: that would compare it with itself."""
+    before = os.environ.get("MEDGPT_KERNELS_STRICT")
+    os.environ["MEDGPT_KERNELS_STRICT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MEDGPT_KERNELS_STRICT"]
+        else:
+            os.environ["MEDGPT_KERNELS_STRICT"] = before
+
+
+def verdicts() -> Iterator[tuple[str, str, str, str, str, float]]:
+    """Yields (op, device, dtype, backend, verdict, seconds); the verdict is "ok" or the reason."""
+    for op, run in OPS.items():
+        for device in devices():
+            for dtype in DTYPES:
+                with registry.backend("reference"):
+                    truth = run(device, dtype, torch.float64)
+                    eager = run(device, dtype, dtype)
+                for name in testing.backend_modules(op, device):
+                    if name == "reference":
+                        continue
+                    start = time.perf_counter()
+                    try:
+                        with registry.backend(name), _strict():
+                            actual = run(device, dtype, dtype)
+                        for key in truth:
+                            testing.assert_close(actual[key], eager[key], truth[key], name=key)
+                        verdict = "ok"
+                    except Exception as error:
+                        verdict = f"{type(error).__name__}: {error}"
+                    seconds = time.perf_counter() - start
+                    yield op, device, str(dtype).split(".")[1], name, verdict, seconds
+
+
+def main() -> int:
+    """Print a line per case; the exit status is 1 if any failed."""
+    count = failed = 0
+    for op, device, dtype, name, verdict, seconds in verdicts():
+        count += 1
+        failed += verdict != "ok"
+        print(f"{op:18} {device:5} {dtype:9} {name:9} {seconds * 1e3:8.1f} ms  {verdict}")
+    if count == 0:
+        print("nothing to test: no backend besides the reference is available here")
+    print(f"{count - failed} passed, {failed} failed")
+    return 1 if failed else 0

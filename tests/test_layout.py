@@ -1,0 +1,81 @@
+"""One op, one stem: every op has its files, and every file belongs somewhere."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "medgpt_kernels"
+OPS = sorted(p.parent.name for p in PACKAGE.glob("*/op.py"))
+BACKENDS = {"reference", "cpu", "triton", "cuda"}
+SHARED_NATIVE = {
+    "cpu": {
+        "kernels.h",
+        "library.cpp",
+        "numerics.cpp",
+        "simd.h",
+        "gemm.h",
+        "buffer.h",
+        "dispatch.h",
+    },
+    "cuda": {"kernels.h", "library.cu", "probe.cu"},
+}
+
+
+def tracked(pattern: str) -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_its_files(op):
+    folder = PACKAGE / op
+    stems = {p.stem for p in folder.glob("*.py")} - {"__init__", "op"}
+    assert "reference" in stems
+    parts = {s for s in stems if re.fullmatch(r"(triton|cuda|cpu)_(fwd|bwd|\w+)", s)}
+    assert stems - parts <= BACKENDS, stems
+    assert {s.split("_")[0] for s in parts} <= stems, "a part needs its backend's module"
+    assert (ROOT / "tests" / f"test_{op}.py").exists()
+    assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
+    for backend, suffix in (("cpu", "cpp"), ("cuda", "cu")):
+        if backend in stems:
+            assert (ROOT / "csrc" / backend / f"{op}.{suffix}").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_native_sources_belong_to_an_op(device):
+    for path in (ROOT / "csrc" / device).iterdir():
+        stem = re.sub(r"_(fwd|bwd)$", "", path.stem)
+        assert stem in OPS or path.name in SHARED_NATIVE[device], path
+
+
+def test_no_torch_in_native_code():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_modules_open_with_one_sentence():
+    for path in tracked("*.py"):
+        text = path.read_text()
+        if text.strip():
+            assert text.startswith(('"""', "#!")), f"{path} has no docstring"
+
+
+def test_no_pickle_and_no_remote_code():
+    for path in tracked("*.py"):
+        if path.name != Path(__file__).name:
+            text = path.read_text()
+            assert "trust_remote_code" not in text, path
+            assert not re.search(r"torch\.load\(|import pickle", text), path
+
+
+def test_kernels_never_import_medgpt():
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) medgpt\b", path.read_text(), re.M), path

@@ -1,0 +1,44 @@
+"""README's claims: its example runs, and its table is the committed result file's."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys):
+    pytest.importorskip("pydicom")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(code.splitlines()) <= 20
+    exec(compile(code, "README.md", "exec"), {})
+    assert "[15566, 1152]" in capsys.readouterr().out
+
+
+def test_commands_are_those_of_ci():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert '.[dev]" && pytest benchmarks/ --benchmark-only' in README
+    assert 'pip install -q -c constraints.txt -e ".[dev]"' in script
+    assert "pytest benchmarks/ --benchmark-only --short" in script
+
+
+def test_figures_come_from_a_result_file():
+    table = re.search(r"<!-- results: (\S+) -->\n(.*?)<!-- end", README, re.DOTALL)
+    run = json.loads((ROOT / table.group(1)).read_text())
+    assert not run["short"]
+    rows = re.findall(
+        r"^\| `(.+?)` \| (.+?) \| ([\d,.]+) \| (.+?) \| ([\d,.]+) \|", table.group(2), re.M
+    )
+    assert rows
+    for group, ours, ours_ms, peer, peer_ms in rows:
+        found = run["groups"][group]["contenders"]
+        for name, text in ((ours, ours_ms), (peer, peer_ms)):
+            assert float(text.replace(",", "")) == pytest.approx(found[name]["median_ms"], abs=0.06)
+
+
+def test_paths_exist():
+    for path in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / path).exists(), path
