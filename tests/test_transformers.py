@@ -451,9 +451,45 @@ def test_more_than_one_packed_row():
     torch.testing.assert_close(out, one_by_one(parts)(model))
 
 
-def test_a_decoder_turned_encoder_is_bidirectional():
-    model = language_model("llama", is_causal=False)
-    hold(model, ours(model), plain(tokens(2, 21)))
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gpt_oss patched"])
+def test_a_decoder_turned_encoder_is_bidirectional(family):
+    full = {"layer_types": ["full_attention"] * 4} if "gpt_oss" in family else {}
+    model = language_model(family, **full)
+    model.config.is_causal = False
+    hold(model, ours(model, family), plain(tokens(2, 21)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt_oss patched"])
+def test_is_causal_of_one_call(family):
+    model = ours(language_model(family, layer_types=["full_attention"] * 4), family)
+    ids = tokens(1, 6)
+    causal, both_ways = (model(ids, is_causal=c, use_cache=False).logits for c in (True, False))
+    assert torch.equal(causal, model(ids, use_cache=False).logits)
+    assert not torch.allclose(causal, both_ways)
+
+
+@pytest.mark.parametrize("side", [None, "right"])
+def test_bidirectional_windows(side):
+    sizes = {k: TEXT[k] for k in ("vocab_size", "intermediate_size", "pad_token_id")}
+    special = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.ModernBertConfig(
+        **sizes,
+        **special,
+        hidden_size=48,
+        num_attention_heads=3,
+        num_hidden_layers=4,
+        local_attention=2 * WINDOW,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = transformers.ModernBertModel._from_config(config, attn_implementation="eager").train()
+    ids, keep = padded([30, 12], side) if side else (tokens(2, 30), None)
+
+    def forward(m):
+        states = m(ids, attention_mask=keep).last_hidden_state
+        return states.flatten(0, 1) if keep is None else states[keep.bool()]
+
+    hold(model, ours(model), forward, draws=1)
 
 
 def test_implementation_by_config_and_by_from_pretrained(tmp_path):
@@ -702,6 +738,13 @@ def test_static_cache_is_refused(family, with_mask):
         model.generate(
             tokens(1, 9), attention_mask=keep, max_new_tokens=4, cache_implementation="static"
         )
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gpt_oss patched"])
+def test_window_of_a_decoder_turned_encoder_is_refused(family):
+    model = ours(language_model(family), family)
+    with pytest.raises(ValueError, match="turned into an encoder"):
+        model(tokens(1, 9), is_causal=False)
 
 
 def test_restart_behind_a_cache_is_refused():

@@ -63,10 +63,13 @@ class FusedGptOssAttention(GptOssAttention):
             q, k = apply_rotary(q, k, tables, position_ids=positions)
             k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
+        is_causal = interface.looks_back_only(
+            self, kwargs.pop("is_causal", None), self.sliding_window
+        )
         dropout = self.attention_dropout if self.training else 0.0
         interface.check_options(self, dropout, self.sliding_window, k.shape[1], kwargs)
         sequences = interface.find_sequences(
-            q, k, attention_mask, self.is_causal, self.sliding_window, kwargs
+            q, k, attention_mask, is_causal, self.sliding_window, kwargs
         )
         if past_key_values is None:
             options = self._rotary_options(q, sequences, positions, kwargs)
@@ -75,7 +78,7 @@ class FusedGptOssAttention(GptOssAttention):
             k,
             v,
             sequences,
-            self.is_causal,
+            is_causal,
             self.sliding_window,
             self.sinks,
             self.scaling,

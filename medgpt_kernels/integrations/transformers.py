@@ -136,17 +136,27 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [B, H, S, D], k and v [B, G, S_k, D] to [B, S, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if is_causal is None:
-        if not hasattr(module, "is_causal"):
-            _refuse("is_causal, given or on the module", f"none on {type(module).__name__}")
-        # A decoder turned into an encoder says so in its config only, as its mask does.
-        is_causal = module.is_causal and getattr(module.config, "is_causal", True)
+    is_causal = looks_back_only(module, is_causal, sliding_window)
     check_options(module, dropout, sliding_window, k.shape[1], kwargs)
     sequences = find_sequences(q, k, attention_mask, is_causal, sliding_window, kwargs)
     out = attend(
         q, k, v, sequences, is_causal, sliding_window, s_aux, scaling, kwargs.get("deterministic")
     )
     return out, None
+
+
+def looks_back_only(module: torch.nn.Module, is_causal: bool | None, sliding_window) -> bool:
+    """Whether attention is causal: as this call says, else as the module does."""
+    own = getattr(module, "is_causal", is_causal)
+    if own is None:
+        _refuse("is_causal, given or on the module", f"none on {type(module).__name__}")
+    if is_causal is None:
+        # A decoder turned into an encoder says so in its config only, as its mask does.
+        is_causal = own and getattr(module.config, "is_causal", True)
+    if own and not is_causal and sliding_window is not None:
+        # transformers' own masks and flash attention disagree on this window by one key
+        _refuse("no sliding_window in a decoder turned into an encoder", sliding_window)
+    return is_causal
 
 
 def check_options(module, dropout, sliding_window, len_k: int, kwargs: dict) -> None:
