@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc):
         return
     cases = []
     for name, kernel in aot.kernels().items() if selected(metafunc.config) else ():
-        for card in aot.CARDS:
+        for card in kernel.cards:
             quick = "quick-" if kernel.quick and card in QUICK_CARDS else ""
             cases.append(pytest.param(name, card, id=f"{quick}{card}-{name}"))
     metafunc.parametrize(("kernel", "card"), cases)
