@@ -271,6 +271,27 @@ def test_strided_views_are_read_in_place(backend):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_outputs_written_past_the_caches(dtype, monkeypatch):
+    """Above 16 MB the CPU writes around its caches: the same bits as below, on every ISA."""
+    from medgpt_kernels import native
+
+    rotary = mk.yarn_rotary(64, 4096, truncate=False)
+    q, k = make(dtype, heads=(64, 8), shape=(2100,))
+    assert q.nbytes + k.nbytes > 16 << 20
+    at = torch.arange(2100)
+    for isa in native.supported_isas():
+        monkeypatch.setenv("MEDGPT_KERNELS_CPU_ISA", isa)
+        with testing.poisoned_empty():
+            whole = mk.apply_rotary(q, k, rotary)
+            parts = [
+                mk.apply_rotary(q[s], k[s], rotary, position_ids=at[s])
+                for s in (slice(0, 700), slice(700, 1400), slice(1400, 2100))
+            ]
+        for found, expected in zip(whole, map(torch.cat, zip(*parts, strict=True)), strict=True):
+            assert torch.equal(found, expected)
+
+
 @backends
 def test_equals_transformers(backend):
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb

@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "buffer.h"
@@ -14,7 +15,18 @@ namespace {
 using Problem = RotaryProblem;
 using Tensor = RotaryTensor;
 
-template <typename T>
+constexpr int64_t kStreamBytes = 16 << 20;  // outputs larger than this leave the caches anyway
+
+template <bool Streamed, typename T>
+inline void put(T* p, vf v) {
+  if constexpr (Streamed) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
+template <bool Streamed, typename T>
 void rotate_token(const Problem& p, const Tensor& t, int64_t batch, int64_t token, const float* cos,
                   const float* sin) {
   for (int64_t h = 0; h < t.heads; h++) {
@@ -25,8 +37,8 @@ void rotate_token(const Problem& p, const Tensor& t, int64_t batch, int64_t toke
     for (; i + kLanes <= p.half; i += kLanes) {
       vf a = load(in + i), b = load(in + p.half + i), c = load(cos + i);
       vf s = load(sin + i) * p.direction;
-      store(out + i, a * c - b * s);
-      store(out + p.half + i, b * c + a * s);
+      put<Streamed>(out + i, a * c - b * s);
+      put<Streamed>(out + p.half + i, b * c + a * s);
     }
     if (i < p.half) {
       int n = static_cast<int>(p.half - i);
@@ -70,13 +82,27 @@ void rotary(const Problem& p, DType dtype, const Tensor& query, const Tensor& ke
   std::vector<int32_t> at = positions(p);
   with_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    for (const Tensor& t : {query, key})
-      advise_huge_pages(t.out, p.batches * p.tokens * t.heads * p.head_dim * sizeof(T));
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < p.batches * p.tokens; i++) {
-      const float *c = p.cos + at[i] * p.half, *s = p.sin + at[i] * p.half;
-      rotate_token<T>(p, query, i / p.tokens, i % p.tokens, c, s);
-      rotate_token<T>(p, key, i / p.tokens, i % p.tokens, c, s);
+    bool streamed = p.half % kLanes == 0 && p.head_dim % kLanes == 0;
+    int64_t bytes = 0;
+    for (const Tensor& t : {query, key}) {
+      int64_t size = p.batches * p.tokens * t.heads * p.head_dim * sizeof(T);
+      advise_huge_pages(t.out, size);
+      bytes += size;
+      streamed = streamed && reinterpret_cast<uintptr_t>(t.out) % kVectorBytes == 0;
     }
+    streamed = streamed && bytes > kStreamBytes;
+    auto rotate = [&](auto past_caches) {
+#pragma omp parallel
+      {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < p.batches * p.tokens; i++) {
+          const float *c = p.cos + at[i] * p.half, *s = p.sin + at[i] * p.half;
+          rotate_token<past_caches, T>(p, query, i / p.tokens, i % p.tokens, c, s);
+          rotate_token<past_caches, T>(p, key, i / p.tokens, i % p.tokens, c, s);
+        }
+        if (past_caches) finish_streams();
+      }
+    };
+    streamed ? rotate(std::true_type{}) : rotate(std::false_type{});
   });
 }

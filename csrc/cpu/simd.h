@@ -150,6 +150,36 @@ inline void store_partial(T* p, vf v, int n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// Past the caches, for outputs larger than them: no line is read before it is written. p is aligned
+// to what is stored; finish_streams() comes before another thread reads.
+template <typename T>
+inline void stream(T* p, vf v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  } else {
+    alignas(kVectorBytes) T lanes[kLanes];
+    store(lanes, v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(lanes));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+  } else {
+    alignas(kVectorBytes) T lanes[kLanes];
+    store(lanes, v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(lanes));
+  }
+#else
+  store(p, v);
+#endif
+}
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline float reduce_add(vf v) {
   float s = 0;
   for (int i = 0; i < kLanes; i++) s += v[i];
