@@ -105,6 +105,17 @@ def test_head_dims(backend, head_dim):
     check(backend, make(17, head_dim=head_dim))
 
 
+@pytest.mark.parametrize("head_dim", [1, 33, 40, 256])
+def test_head_dims_of_bf16_on_every_isa(head_dim, monkeypatch):
+    """CPUs with bf16 dot products take two channels, keys or queries at a time."""
+    from medgpt_kernels import native
+
+    for isa in native.supported_isas():
+        monkeypatch.setenv("MEDGPT_KERNELS_CPU_ISA", isa)
+        draws = (make(67, head_dim=head_dim, dtype=torch.bfloat16, draw=n) for n in range(2))
+        check("cpu", *draws, cu_seqlens_q=cu(1, 2, 61, 3), window_size=(9, 0))
+
+
 @backends
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (8, 1), (6, 2), (3, 3)])
 def test_grouped_heads(backend, heads, kv_heads):

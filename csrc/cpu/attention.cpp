@@ -40,33 +40,37 @@ void check_positions(const Problem& p, const std::vector<Sequence>& sequences) {
   }
 }
 
-// What a thread keeps while it works on one unit.
+// What a thread keeps while it works on one unit; U is a float or a pair of bf16.
+template <typename U>
 struct Scratch {
-  Buffer<float> queries, out, maximum, sum;  // of every panel of the unit
-  Buffer<float> keys, values, rows, p;
+  Buffer<U> queries;                // of every panel of the unit
+  Buffer<float> out, maximum, sum;  // the same
+  Buffer<U> keys, values;
+  Buffer<float> rows, p;
   std::vector<Panel> panels;
 
   Scratch(const Problem& p, int64_t unit_rows)
-      : queries(unit_rows * p.head_dim),
+      : queries(unit_rows * units<U>(p.head_dim)),
         out(unit_rows * p.padded()),
         maximum(unit_rows),
         sum(unit_rows),
-        keys(kPackedKeys * p.head_dim),
-        values(kPackedKeys * p.padded()),
+        keys(kPackedKeys * units<U>(p.head_dim)),
+        values(units<U>(kPackedKeys) * p.padded()),
         rows(std::max(kPackedKeys, kRows) * p.padded()),
         p(kKeys * kRows),
         panels(unit_rows / kRows) {}
 };
 
 // Scores, softmax and output of one panel against keys [lo, hi), at most kKeys of them.
-void step(const Problem& problem, const Panel& panel, const float* queries, const float* keys,
-          const float* values, Range range, float* p, float* maximum, float* sum, float* out) {
+template <typename U>
+void step(const Problem& problem, const Panel& panel, const U* queries, const U* keys,
+          const U* values, Range range, float* p, float* maximum, float* sum, float* out) {
   int64_t dim = problem.head_dim, padded = problem.padded(), count = range.hi - range.lo;
   vf highest[kBV], before[kBV], total[kBV], rescale[kBV];
   for (int n = 0; n < kBV; n++) highest[n] = before[n] = load(maximum + n * kLanes);
   for (int64_t j = 0; j < count; j += kAR) {
     vf scores[kAR][kBV];
-    multiply(dim, keys + j * dim, queries, scores);
+    multiply(dim, keys + j * units<U>(dim), queries, scores);
     scale_scores(scores, problem.scale);
     panel.mask(scores, range.lo + j);
 #pragma GCC unroll 8
@@ -82,16 +86,23 @@ void step(const Problem& problem, const Panel& panel, const float* queries, cons
     total[n] = load(sum + n * kLanes) * rescale[n];
     store(maximum + n * kLanes, highest[n]);
   }
-  for (int64_t j = 0; j < count; j++)
+  U* probabilities = reinterpret_cast<U*>(p);  // overtakes no score that is still to be read
+  for (int64_t j = 0; j < count; j += units_per<U>)
 #pragma GCC unroll 8
     for (int n = 0; n < kBV; n++) {
-      vf value = exp_small(load(p + j * kRows + n * kLanes) - highest[n]);
-      total[n] += value;
-      store(p + j * kRows + n * kLanes, value);
+      vf values[units_per<U>];
+#pragma GCC unroll 2
+      for (int i = 0; i < units_per<U>; i++) {
+        values[i] = exp_small(load(p + (j + i) * kRows + n * kLanes) - highest[n]);
+        total[n] += values[i];
+      }
+      U* at = probabilities + units<U>(j) * kRows + n * kLanes;
+      make_units<U>(values, units_per<U>, [&](int64_t, auto v) { put_vector(at, v); });
     }
   for (int n = 0; n < kBV; n++) store(sum + n * kLanes, total[n]);
   for (int64_t d = 0; d < dim; d += kAR)
-    add_product<kAR, kBV>(count, values + d, padded, p, kRows, out + d * kRows, kRows, rescale);
+    add_product<kAR, kBV>(units<U>(count), values + d, padded, probabilities, kRows,
+                          out + d * kRows, kRows, rescale);
 }
 
 template <typename T>
@@ -116,17 +127,17 @@ void finish_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const 
   }
 }
 
-template <typename T>
-void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a, Scratch& w) {
+template <typename T, typename U>
+void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a, Scratch<U>& w) {
   const Problem& p = *s.p;
-  int64_t dim = p.head_dim, padded = p.padded(), group = p.group();
+  int64_t dim = p.head_dim, depth = units<U>(dim), padded = p.padded(), group = p.group();
   int64_t panels = (unit.rows.hi - unit.rows.lo + kRows - 1) / kRows;
   for (int64_t i = 0; i < panels; i++) {
     int64_t first = unit.rows.lo + i * kRows;
     Panel& panel = w.panels[i] = Panel(s, {first, std::min(first + kRows, unit.rows.hi)});
     load_queries(s, panel, unit.kv_head, static_cast<const T*>(a.q), a.q_strides, true,
                  w.rows.get());
-    transpose_panel(w.rows.get(), w.queries.get() + i * kRows * dim, dim, padded);
+    transpose_panel(w.rows.get(), w.queries.get() + i * kRows * depth, dim, padded);
     for (int64_t r = 0; r < kRows; r++) {
       int64_t head = unit.kv_head * group + (first + r) % group;
       float sink = a.sinks ? a.sinks[head] : kLowest;
@@ -141,16 +152,17 @@ void forward_unit(const Sequence& s, const Unit& unit, const AttentionForward& a
     int64_t count = round_up(keys.hi - keys.lo, kLanes);
     load_keys(s, unit.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true, w.rows.get());
     pack_panels(w.rows.get(), w.keys.get(), count, dim, padded);
-    load_keys(s, unit.kv_head, keys, static_cast<const T*>(a.v), a.v_strides, false,
-              w.values.get());
+    float* values = landing_rows(w.values.get(), w.rows.get());
+    load_keys(s, unit.kv_head, keys, static_cast<const T*>(a.v), a.v_strides, false, values);
+    unite_rows(values, w.values.get(), count, padded);
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
       int64_t length = step_length(mine);
       for (int64_t lo = mine.lo; lo < mine.hi; lo += length)
-        step(p, w.panels[i], w.queries.get() + i * kRows * dim, w.keys.get() + (lo - block) * dim,
-             w.values.get() + (lo - block) * padded, {lo, std::min(lo + length, mine.hi)},
-             w.p.get(), w.maximum.get() + i * kRows, w.sum.get() + i * kRows,
-             w.out.get() + i * kRows * padded);
+        step(p, w.panels[i], w.queries.get() + i * kRows * depth,
+             w.keys.get() + (lo - block) * depth, w.values.get() + units<U>(lo - block) * padded,
+             {lo, std::min(lo + length, mine.hi)}, w.p.get(), w.maximum.get() + i * kRows,
+             w.sum.get() + i * kRows, w.out.get() + i * kRows * padded);
     }
   }
   for (int64_t i = 0; i < panels; i++)
@@ -203,7 +215,7 @@ void attention_fwd(const AttentionProblem& problem, DType dtype, const Attention
     advise_huge_pages(a.out, p.batches() * p.tokens_q * p.heads * p.head_dim * sizeof(T));
 #pragma omp parallel
     {
-      Scratch scratch(p, unit_rows);
+      Scratch<PanelUnit<T>> scratch(p, unit_rows);
 #pragma omp for schedule(dynamic)
       for (size_t i = 0; i < units.size(); i++)
         forward_unit<T>(sequences[units[i].sequence], units[i], a, scratch);

@@ -28,7 +28,7 @@ constexpr int kAR = 4, kBV = 5;  // 20 of 32
 constexpr int kAR = 4, kBV = 2;
 #endif
 constexpr int kRows = kBV * kLanes;
-constexpr int64_t kSumStep = 32;  // terms of one product summed in one chain
+constexpr int64_t kSumStep = 32;  // fp32 terms of one product summed in one chain
 constexpr int kKeys = 96;         // most keys between two updates of the running maximum
 constexpr int kPackedKeys = 384;  // keys in the micro-kernel's order at one time
 static_assert(kKeys % kLanes == 0 && kPackedKeys % kKeys == 0 && kLanes % kAR == 0, "whole panels");
@@ -121,13 +121,22 @@ struct Panel {
   }
 };
 
-// tile[kAR keys][kRows] = panel of keys or values times columns of queries or their gradients, in
-// steps: after a channel 100 times larger than the rest, one long sum would round every later term.
-inline void multiply(int64_t dim, const float* panel, const float* columns, vf (&tile)[kAR][kBV]) {
-  for (int64_t d = 0; d < dim; d += kSumStep) {
+// Operands are held in units (gemm.h): floats, or pairs of bf16 that follow each other along the
+// dimension that a product sums over. That many units hold n terms:
+template <typename U>
+inline int64_t units(int64_t n) {
+  return (n + units_per<U> - 1) / units_per<U>;
+}
+
+// tile[kAR keys][kRows] = panel of keys or values times columns of queries or their gradients; in
+// fp32 in steps: after a channel 100 times larger than the rest, one long sum would round every
+// later term.
+template <typename U>
+inline void multiply(int64_t dim, const U* panel, const U* columns, vf (&tile)[kAR][kBV]) {
+  int64_t depth = units<U>(dim), step = units_per<U> == 1 ? kSumStep : depth;
+  for (int64_t d = 0; d < depth; d += step) {
     vf part[kAR][kBV] = {};
-    micro_kernel(std::min(dim - d, kSumStep), panel + d * kAR, kAR, columns + d * kRows, kRows,
-                 part);
+    micro_kernel(std::min(depth - d, step), panel + d * kAR, kAR, columns + d * kRows, kRows, part);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)
 #pragma GCC unroll 8
@@ -135,11 +144,11 @@ inline void multiply(int64_t dim, const float* panel, const float* columns, vf (
   }
 }
 
-// sum [MR][NV vectors] at stride ld = sum * factor + a product of `depth` steps. The product is
+// sum [MR][NV vectors] at stride ld = sum * factor + a product of `depth` units. The product is
 // summed apart: added one by one to a long sum, its terms would lose bits.
-template <int MR, int NV>
-inline void add_product(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                        float* sum, int64_t ld, const vf (&factor)[NV]) {
+template <int MR, int NV, typename U>
+inline void add_product(int64_t depth, const U* a, int64_t lda, const U* b, int64_t ldb, float* sum,
+                        int64_t ld, const vf (&factor)[NV]) {
   vf acc[MR][NV] = {};
   micro_kernel(depth, a, lda, b, ldb, acc);
 #pragma GCC unroll 8
@@ -173,16 +182,70 @@ inline int64_t step_length(Range keys) {
   return steps == 0 ? kKeys : round_up((count + steps - 1) / steps, kAR);
 }
 
-// rows [kRows][Dp] -> columns [D][kRows]
-inline void transpose_panel(const float* rows, float* columns, int64_t dim, int64_t padded) {
+// U units of `terms` vectors that follow each other along a product's dimension, each to its place:
+// put(unit, vector of U).
+template <typename U, int N, typename Put>
+inline void make_units(const vf (&terms)[N], int64_t count, const Put& put) {
+#if defined(__AVX512BF16__)
+  if constexpr (units_per<U> == 2) {
+    for (int64_t i = 0; i < count; i += 2) put(i / 2, make_pair(terms[i], terms[i + 1]));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; i++) put(i, terms[i]);
+}
+
+template <typename V>
+inline void put_vector(void* out, const V& v) {
+  std::memcpy(out, &v, sizeof(v));
+}
+
+// rows [kRows][Dp] -> columns [units of D][kRows]
+template <typename U>
+void transpose_panel(const float* rows, U* columns, int64_t dim, int64_t padded) {
   for (int n = 0; n < kBV; n++)
     for (int64_t d0 = 0; d0 < dim; d0 += kLanes) {
       vf r[kLanes];
       for (int i = 0; i < kLanes; i++) r[i] = load(rows + (n * kLanes + i) * padded + d0);
       transpose(r);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, dim - d0); i++)
-        store(columns + (d0 + i) * kRows + n * kLanes, r[i]);
+      U* out = columns + units<U>(d0) * kRows + n * kLanes;
+      make_units<U>(r, std::min<int64_t>(kLanes, dim - d0),
+                    [&](int64_t unit, auto v) { put_vector(out + unit * kRows, v); });
     }
+}
+
+// sum + the products of two vectors of units, as the micro-kernel adds them
+inline vf add_units(vf sum, const float* a, const float* b) { return sum + load(a) * load(b); }
+#if defined(__AVX512BF16__)
+inline vf add_units(vf sum, const uint32_t* a, const uint32_t* b) {
+  __m512bh x, y;
+  std::memcpy(&x, a, sizeof(x));
+  std::memcpy(&y, b, sizeof(y));
+  return (vf)_mm512_dpbf16_ps((__m512)sum, x, y);
+}
+#endif
+
+// Rows of fp32 that unite_rows() will put at `out` are made there at once if a unit is a float.
+template <typename U>
+inline float* landing_rows(U* out, float* rows) {
+  if constexpr (units_per<U> == 1)
+    return out;
+  else
+    return rows;
+}
+
+// rows [count][Dp] of landing_rows -> out [units of count][Dp], paired along the rows; count is
+// even
+template <typename U>
+inline void unite_rows(const float* rows, U* out, int64_t count, int64_t padded) {
+  if constexpr (units_per<U> > 1)
+    for (int64_t k = 0; k < count; k += units_per<U>)
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        vf r[units_per<U>];
+        for (int i = 0; i < units_per<U>; i++) r[i] = load(rows + (k + i) * padded + d);
+        make_units<U>(r, units_per<U>,
+                      [&](int64_t, auto v) { put_vector(out + units<U>(k) * padded + d, v); });
+      }
 }
 
 // columns [Dp][kRows] -> rows [kRows][Dp], each lane multiplied by its factor
@@ -198,21 +261,23 @@ inline void untranspose_panel(const float* columns, float* rows, int64_t padded,
     }
 }
 
-// rows of keys [count][Dp] -> A panels [count / kAR][D][kAR]; count is a multiple of kLanes
-inline void pack_panels(const float* rows, float* panels, int64_t count, int64_t dim,
-                        int64_t padded) {
+// rows of keys [count][Dp] -> A panels [count / kAR][units of D][kAR]; count is a multiple of
+// kLanes
+template <typename U>
+void pack_panels(const float* rows, U* panels, int64_t count, int64_t dim, int64_t padded) {
+  int64_t depth = units<U>(dim);
   for (int64_t k0 = 0; k0 < count; k0 += kLanes)
     for (int64_t d0 = 0; d0 < dim; d0 += kLanes) {
       vf r[kLanes];
       for (int i = 0; i < kLanes; i++) r[i] = load(rows + (k0 + i) * padded + d0);
       transpose(r);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, dim - d0); i++) {
-        float lanes[kLanes];
-        store(lanes, r[i]);
+      U* out = panels + k0 * depth + units<U>(d0) * kAR;
+      make_units<U>(r, std::min<int64_t>(kLanes, dim - d0), [&](int64_t unit, auto v) {
+        U lanes[kLanes];
+        put_vector(lanes, v);
         for (int part = 0; part < kLanes / kAR; part++)
-          std::memcpy(panels + (k0 + part * kAR) * dim + (d0 + i) * kAR, lanes + part * kAR,
-                      kAR * sizeof(float));
-      }
+          std::memcpy(out + part * kAR * depth + unit * kAR, lanes + part * kAR, kAR * sizeof(U));
+      });
     }
 }
 

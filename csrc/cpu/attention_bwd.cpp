@@ -23,35 +23,39 @@ struct Part {
   int64_t cost, offset;  // offset in rows of [Dp]
 };
 
+// U is a float or a pair of bf16; operands paired along rows or keys are named after those.
+template <typename U>
 struct Scratch {
   static constexpr int64_t kPanels = (kChunkRows + kRows - 1) / kRows;
-  Buffer<float> query_rows, query_columns, d_out_rows, d_out_columns, d_query_columns;
-  Buffer<float> lse, delta;                          // [kPanels][kRows]
-  Buffer<float> key_rows, key_panels, value_panels;  // of one block of keys
-  Buffer<float> rows, columns;                       // of one panel or block on its way
-  Buffer<float> p, d_s, p_panels, d_s_panels;        // of one step
+  Buffer<U> query_rows, query_columns, d_out_rows, d_out_columns;
+  Buffer<float> d_query_columns, lse, delta;     // lse and delta [kPanels][kRows]
+  Buffer<U> key_rows, key_panels, value_panels;  // of one block of keys
+  Buffer<float> rows;                            // of one panel or block on its way
+  Buffer<U> out_columns;                         // the same
+  Buffer<float> p;                               // of one step
+  Buffer<U> d_s, p_panels, d_s_panels;           // the same
   Panel panels[kPanels];
 
   explicit Scratch(const Problem& p_)
-      : query_rows(kPanels * kRows * p_.padded()),
-        query_columns(kPanels * kRows * p_.head_dim),
-        d_out_rows(kPanels * kRows * p_.padded()),
-        d_out_columns(kPanels * kRows * p_.head_dim),
+      : query_rows(units<U>(kPanels * kRows) * p_.padded()),
+        query_columns(kPanels * kRows * units<U>(p_.head_dim)),
+        d_out_rows(units<U>(kPanels * kRows) * p_.padded()),
+        d_out_columns(kPanels * kRows * units<U>(p_.head_dim)),
         d_query_columns(kPanels * kRows * p_.padded()),
         lse(kPanels * kRows),
         delta(kPanels * kRows),
-        key_rows(kPackedKeys * p_.padded()),
-        key_panels(kPackedKeys * p_.head_dim),
-        value_panels(kPackedKeys * p_.head_dim),
+        key_rows(units<U>(kPackedKeys) * p_.padded()),
+        key_panels(kPackedKeys * units<U>(p_.head_dim)),
+        value_panels(kPackedKeys * units<U>(p_.head_dim)),
         rows(std::max(kPackedKeys, kRows) * p_.padded()),
-        columns(kRows * p_.head_dim),
+        out_columns(kRows * units<U>(p_.head_dim)),
         p(kKeys * kRows),
-        d_s(kKeys * kRows),
-        p_panels(kKeys * kRows),
-        d_s_panels(kKeys * kRows) {}
+        d_s(units<U>(kKeys) * kRows),
+        p_panels(kKeys * units<U>(kRows)),
+        d_s_panels(kKeys * units<U>(kRows)) {}
 };
 
-// One tile [kAR keys][kRows] to the A operand of the products over rows: [kRows][kAR].
+// One tile [kAR keys][kRows] to the A operand of the products over rows: [units of kRows][kAR].
 inline void turn_tile(const vf (&tile)[kAR][kBV], float* out) {
 #pragma GCC unroll 8
   for (int n = 0; n < kBV; n++) {
@@ -64,15 +68,35 @@ inline void turn_tile(const vf (&tile)[kAR][kBV], float* out) {
   }
 }
 
+#if defined(__AVX512BF16__)
+// Two keys' rows fill one vector of pairs, so that its lanes are numbered [key bit 0][pair] and the
+// vectors [key bits 2, 1]; three riffles make that [pair][key].
+inline void turn_tile(const vf (&tile)[kAR][kBV], uint32_t* out) {
+  constexpr int kVectors = kAR / 2;
+  static_assert(kAR == 8 && kLanes == 16, "three riffles");
+#pragma GCC unroll 8
+  for (int n = 0; n < kBV; n++) {
+    vf r[kVectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < kVectors; m++)
+      r[m] = (vf)_mm512_cvtne2ps_pbh((__m512)tile[2 * m + 1][n], (__m512)tile[2 * m][n]);
+    rotate_index_bits<3>(r);
+#pragma GCC unroll 8
+    for (int m = 0; m < kVectors; m++) put_vector(out + (n * kVectors + m) * kLanes, r[m]);
+  }
+}
+#endif
+
 // sum[kAR keys][Dp] += turned [kRows][kAR] ^T times rows [kRows][Dp]
-template <int NV>
-inline void add_columns(const float* turned, const float* rows, int64_t padded, float* sum) {
+template <int NV, typename U>
+inline void add_columns(const U* turned, const U* rows, int64_t padded, float* sum) {
   vf one[NV];
   for (int n = 0; n < NV; n++) one[n] = splat(1.0f);
-  add_product<kAR, NV>(kRows, turned, kAR, rows, padded, sum, padded, one);
+  add_product<kAR, NV>(units<U>(kRows), turned, kAR, rows, padded, sum, padded, one);
 }
 
-inline void add_rows(const float* turned, const float* rows, int64_t padded, float* sum) {
+template <typename U>
+inline void add_rows(const U* turned, const U* rows, int64_t padded, float* sum) {
   int64_t d = 0, left = padded / kLanes;
   for (; left >= 3 && left != 4; left -= 3, d += 3 * kLanes)
     add_columns<3>(turned, rows + d, padded, sum + d);
@@ -80,20 +104,37 @@ inline void add_rows(const float* turned, const float* rows, int64_t padded, flo
   if (left == 1) add_columns<1>(turned, rows + d, padded, sum + d);
 }
 
+// One tile to the B operand of the product over keys: [units of kAR][kRows]
+template <typename U>
+inline void unite_tile(const vf (&tile)[kAR][kBV], U* out) {
+#pragma GCC unroll 8
+  for (int n = 0; n < kBV; n++) {
+    vf keys[kAR];
+#pragma GCC unroll 8
+    for (int m = 0; m < kAR; m++) keys[m] = tile[m][n];
+    make_units<U>(keys, kAR,
+                  [&](int64_t unit, auto v) { put_vector(out + unit * kRows + n * kLanes, v); });
+  }
+}
+
 // One panel against keys [lo, hi), at most kKeys. d_k and d_v are the rows of key lo.
-void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_t block, float* d_k,
-          float* d_v, bool want_q) {
-  int64_t dim = problem.head_dim, padded = problem.padded(), count = range.hi - range.lo;
+template <typename U>
+void step(const Problem& problem, Scratch<U>& w, int64_t panel, Range range, int64_t block,
+          float* d_k, float* d_v, bool want_q) {
+  int64_t dim = problem.head_dim, depth = units<U>(dim), padded = problem.padded();
+  int64_t count = range.hi - range.lo;
   int64_t at = range.lo - block, first = panel * kRows;
   vf lse[kBV], delta[kBV];
   for (int n = 0; n < kBV; n++) {
     lse[n] = load(w.lse.get() + first + n * kLanes);
     delta[n] = load(w.delta.get() + first + n * kLanes);
   }
-  float *p = w.p.get(), *d_s = w.d_s.get();
+  float* p = w.p.get();
+  U* d_s = w.d_s.get();
   for (int64_t j = 0; j < count; j += kAR) {
     vf tile[kAR][kBV];
-    multiply(dim, w.key_panels.get() + (at + j) * dim, w.query_columns.get() + first * dim, tile);
+    multiply(dim, w.key_panels.get() + (at + j) * depth, w.query_columns.get() + first * depth,
+             tile);
     scale_scores(tile, problem.scale);
     w.panels[panel].mask(tile, range.lo + j);
 #pragma GCC unroll 8
@@ -103,50 +144,51 @@ void step(const Problem& problem, Scratch& w, int64_t panel, Range range, int64_
         tile[m][n] = exp_small(tile[m][n] - lse[n]);
         store(p + (j + m) * kRows + n * kLanes, tile[m][n]);
       }
-    if (d_v != nullptr) turn_tile(tile, w.p_panels.get() + j * kRows);
+    if (d_v != nullptr) turn_tile(tile, w.p_panels.get() + j * units<U>(kRows));
   }
   for (int64_t j = 0; j < count; j += kAR) {
     vf tile[kAR][kBV];
-    multiply(dim, w.value_panels.get() + (at + j) * dim, w.d_out_columns.get() + first * dim, tile);
+    multiply(dim, w.value_panels.get() + (at + j) * depth, w.d_out_columns.get() + first * depth,
+             tile);
 #pragma GCC unroll 8
     for (int m = 0; m < kAR; m++)
 #pragma GCC unroll 8
-      for (int n = 0; n < kBV; n++) {
+      for (int n = 0; n < kBV; n++)
         tile[m][n] = load(p + (j + m) * kRows + n * kLanes) * (tile[m][n] - delta[n]);
-        store(d_s + (j + m) * kRows + n * kLanes, tile[m][n]);
-      }
-    if (d_k != nullptr) turn_tile(tile, w.d_s_panels.get() + j * kRows);
+    if (want_q) unite_tile(tile, d_s + units<U>(j) * kRows);
+    if (d_k != nullptr) turn_tile(tile, w.d_s_panels.get() + j * units<U>(kRows));
   }
   for (int64_t j = 0; d_v != nullptr && j < count; j += kAR)
-    add_rows(w.p_panels.get() + j * kRows, w.d_out_rows.get() + first * padded, padded,
-             d_v + j * padded);
+    add_rows(w.p_panels.get() + j * units<U>(kRows), w.d_out_rows.get() + units<U>(first) * padded,
+             padded, d_v + j * padded);
   for (int64_t j = 0; d_k != nullptr && j < count; j += kAR)
-    add_rows(w.d_s_panels.get() + j * kRows, w.query_rows.get() + first * padded, padded,
-             d_k + j * padded);
+    add_rows(w.d_s_panels.get() + j * units<U>(kRows),
+             w.query_rows.get() + units<U>(first) * padded, padded, d_k + j * padded);
   vf one[kBV];
   for (int n = 0; n < kBV; n++) one[n] = splat(1.0f);
   for (int64_t d = 0; want_q && d < dim; d += kAR)
-    add_product<kAR, kBV>(count, w.key_rows.get() + at * padded + d, padded, d_s, kRows,
-                          w.d_query_columns.get() + first * padded + d * kRows, kRows, one);
+    add_product<kAR, kBV>(units<U>(count), w.key_rows.get() + units<U>(at) * padded + d, padded,
+                          d_s, kRows, w.d_query_columns.get() + first * padded + d * kRows, kRows,
+                          one);
 }
 
 // delta = sum of d_out * out less d_lse, and the sinks' gradient.
-template <typename T>
+template <typename T, typename U>
 void start_panel(const Sequence& s, const Panel& panel, int64_t kv_head, const AttentionBackward& a,
-                 const float* d_out_columns, Scratch& w, float* lse, float* delta,
-                 double* d_sinks) {
+                 const U* d_out_columns, Scratch<U>& w, float* lse, float* delta, double* d_sinks) {
   const Problem& p = *s.p;
-  int64_t group = p.group(), padded = p.padded();
+  int64_t group = p.group(), depth = units<U>(p.head_dim);
   load_queries(s, panel, kv_head, static_cast<const T*>(a.out), a.out_strides, false, w.rows.get());
-  transpose_panel(w.rows.get(), w.columns.get(), p.head_dim, padded);
+  transpose_panel(w.rows.get(), w.out_columns.get(), p.head_dim, p.padded());
   // Added up as multiply() does, so that a query with one key has d_p - delta = 0 exactly.
   vf sums[kBV] = {};
-  for (int64_t d0 = 0; d0 < p.head_dim; d0 += kSumStep) {
+  int64_t step = units_per<U> == 1 ? kSumStep : depth;
+  for (int64_t d0 = 0; d0 < depth; d0 += step) {
     vf part[kBV] = {};
-    for (int64_t d = d0; d < std::min(d0 + kSumStep, p.head_dim); d++)
+    for (int64_t d = d0; d < std::min(d0 + step, depth); d++)
       for (int n = 0; n < kBV; n++) {
         int64_t at = d * kRows + n * kLanes;
-        part[n] += load(w.columns.get() + at) * load(d_out_columns + at);
+        part[n] = add_units(part[n], w.out_columns.get() + at, d_out_columns + at);
       }
     for (int n = 0; n < kBV; n++) sums[n] = d0 == 0 ? part[n] : sums[n] + part[n];
   }
@@ -185,22 +227,28 @@ void store_d_query(const Sequence& s, const Panel& panel, int64_t kv_head, const
   }
 }
 
-template <typename T>
+template <typename T, typename U>
 void backward_chunk(const Sequence& s, const Part& part, Range rows, const AttentionBackward& a,
-                    float* d_k, float* d_v, double* d_sinks, Scratch& w) {
+                    float* d_k, float* d_v, double* d_sinks, Scratch<U>& w) {
   const Problem& p = *s.p;
-  int64_t dim = p.head_dim, padded = p.padded();
+  int64_t dim = p.head_dim, depth = units<U>(dim), padded = p.padded();
   int64_t panels = (rows.hi - rows.lo + kRows - 1) / kRows;
   for (int64_t i = 0; i < panels; i++) {
     int64_t first = rows.lo + i * kRows, at = i * kRows;
     Panel& panel = w.panels[i] = Panel(s, {first, std::min(first + kRows, rows.hi)});
-    float *q = w.query_rows.get() + at * padded, *d_out = w.d_out_rows.get() + at * padded;
-    load_queries(s, panel, part.kv_head, static_cast<const T*>(a.q), a.q_strides, true, q);
-    transpose_panel(q, w.query_columns.get() + at * dim, dim, padded);
-    load_queries(s, panel, part.kv_head, static_cast<const T*>(a.d_out), a.d_out_strides, false,
-                 d_out);
-    transpose_panel(d_out, w.d_out_columns.get() + at * dim, dim, padded);
-    start_panel<T>(s, panel, part.kv_head, a, w.d_out_columns.get() + at * dim, w, w.lse.get() + at,
+    auto prepare = [&](const void* data, const Strides& strides, bool rotated, U* united,
+                       U* columns) {
+      float* made = landing_rows(united, w.rows.get());
+      load_queries(s, panel, part.kv_head, static_cast<const T*>(data), strides, rotated, made);
+      transpose_panel(made, columns, dim, padded);
+      unite_rows(made, united, kRows, padded);
+    };
+    U* d_out_columns = w.d_out_columns.get() + at * depth;
+    prepare(a.q, a.q_strides, true, w.query_rows.get() + units<U>(at) * padded,
+            w.query_columns.get() + at * depth);
+    prepare(a.d_out, a.d_out_strides, false, w.d_out_rows.get() + units<U>(at) * padded,
+            d_out_columns);
+    start_panel<T>(s, panel, part.kv_head, a, d_out_columns, w, w.lse.get() + at,
                    w.delta.get() + at, d_sinks);
   }
   std::fill_n(w.d_query_columns.get(), panels * kRows * padded, 0.0f);
@@ -210,9 +258,10 @@ void backward_chunk(const Sequence& s, const Part& part, Range rows, const Atten
     int64_t count = round_up(keys.hi - keys.lo, kLanes);
     load_keys(s, part.kv_head, keys, static_cast<const T*>(a.v), a.v_strides, false, w.rows.get());
     pack_panels(w.rows.get(), w.value_panels.get(), count, dim, padded);
-    load_keys(s, part.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true,
-              w.key_rows.get());
-    pack_panels(w.key_rows.get(), w.key_panels.get(), count, dim, padded);
+    float* made = landing_rows(w.key_rows.get(), w.rows.get());
+    load_keys(s, part.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true, made);
+    pack_panels(made, w.key_panels.get(), count, dim, padded);
+    unite_rows(made, w.key_rows.get(), count, padded);
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
       int64_t length = step_length(mine);
@@ -331,7 +380,7 @@ void backward_typed(const Problem& p, const AttentionBackward& a) {
   if (a.d_v != nullptr) advise_huge_pages(a.d_v, bytes * p.tokens_k * p.kv_heads);
 #pragma omp parallel
   {
-    Scratch scratch(p);
+    Scratch<PanelUnit<T>> scratch(p);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < order.size(); i++) {
       const Part& part = parts[order[i]];

@@ -93,8 +93,16 @@ template <>
 inline uint32_t make_unit<uint32_t>(const float* x) {
   return from_float<bf16>(x[0]).bits | static_cast<uint32_t>(from_float<bf16>(x[1]).bits) << 16;
 }
+// Lane by lane, rounded to nearest even; subnormals are 0, as they are to the dot product.
+inline vu make_pair(vf low, vf high) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);  // low in the first half
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)both);
+}
 inline void store_pair(uint32_t* out, vf low, vf high) {
-  vu pair = round_to_bf16(low) | round_to_bf16(high) << 16;
+  vu pair = make_pair(low, high);
   std::memcpy(out, &pair, sizeof(pair));
 }
 
@@ -121,6 +129,24 @@ inline void gemm_micro_kernel(int64_t depth, const uint32_t* __restrict a,
 #pragma GCC unroll 4
       for (int n = 0; n < kNV; n++) acc[m][n] += (vf)part[m][n];
     }
+  }
+}
+
+template <int MR, int NV>
+inline void micro_kernel(int64_t depth, const uint32_t* __restrict a, int64_t lda,
+                         const uint32_t* __restrict b, int64_t ldb, vf (&acc)[MR][NV]) {
+  for (int64_t k = 0; k < depth; k++) {
+    __m512bh bv[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; n++) std::memcpy(&bv[n], b + n * kLanes, sizeof(bv[n]));
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+      __m512bh av = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[m]));
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; n++) acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n], av, bv[n]);
+    }
+    a += lda;
+    b += ldb;
   }
 }
 #endif

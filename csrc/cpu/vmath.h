@@ -55,12 +55,12 @@ inline vf riffle_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1,
 inline vf riffle_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
-// N vectors [N][kLanes] become [kLanes][N], stored one after the other in the same N vectors. Each
-// riffle of the upper with the lower half moves the vector index's top bit below the lane's bits.
-template <int N>
-inline void transpose(vf (&r)[N]) {
+// One riffle of the upper with the lower half of the vectors moves the top bit of the vector's
+// index below the lane's bits; this does it COUNT times.
+template <int COUNT, int N>
+inline void rotate_index_bits(vf (&r)[N]) {
 #pragma GCC unroll 4
-  for (int width = 1; width < N; width *= 2) {
+  for (int k = 0; k < COUNT; k++) {
     vf t[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N / 2; i++) {
@@ -70,4 +70,10 @@ inline void transpose(vf (&r)[N]) {
 #pragma GCC unroll 16
     for (int i = 0; i < N; i++) r[i] = t[i];
   }
+}
+
+// N vectors [N][kLanes] become [kLanes][N], stored one after the other in the same N vectors.
+template <int N>
+inline void transpose(vf (&r)[N]) {
+  rotate_index_bits<__builtin_ctz(N)>(r);
 }
