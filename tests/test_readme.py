@@ -10,12 +10,25 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs(capsys):
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_embedding_example_runs(capsys):
     pytest.importorskip("pydicom")
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len(code.splitlines()) <= 20
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(EXAMPLES[0], "README.md", "exec"), {})
     assert "[15566, 1152]" in capsys.readouterr().out
+
+
+def test_gpt_oss_example_runs():
+    pytest.importorskip("transformers")
+    names = {}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), names)
+    sinks = names["model"].model.layers[0].self_attn.sinks
+    assert sinks.grad.abs().min() > 0
+
+
+def test_examples_are_short():
+    assert all(len(code.splitlines()) <= 20 for code in EXAMPLES)
 
 
 def test_commands_are_those_of_ci():
