@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _library = torch.library.Library("medgpt_kernels", "DEF")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
-_warned: set[tuple[str, ...]] = set()
+_warned: set[str] = set()
 
 
 class Unsupported(Exception):
@@ -157,9 +158,8 @@ def _fall_back(operator: Operator, reasons: dict[str, str]) -> None:
     )
     if strict():
         raise BackendError(text)
-    key = (operator.name, *reasons)
-    if key not in _warned:
-        _warned.add(key)
+    if text not in _warned:
+        _warned.add(text)
         warnings.warn(f"{text}; the reference takes over", stacklevel=2)
 
 
@@ -195,7 +195,31 @@ def register(
             setup_context=_keeping_the_backend(setup_context),
             lib=_library,
         )
-    return getattr(torch.ops.medgpt_kernels, name).default
+    operation = getattr(torch.ops.medgpt_kernels, name).default
+
+    def call(*args):
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_forward_mode(name, args)
+        return operation(*args)
+
+    return call
+
+
+def _refuse_forward_mode(name: str, args: tuple) -> None:
+    """torch drops the tangents of an operator without a jvp where no input requires a gradient."""
+    for t in args:
+        if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative")
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast wants them where it is on: float ones cast, all but fp64."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    narrow = (t.dtype.is_floating_point and t.dtype != torch.float64 for t in tensors)
+    return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, narrow, strict=True))
 
 
 def _keeping_the_backend(setup_context: Callable | None) -> Callable:

@@ -96,11 +96,21 @@ def test_rotary_gives_gradients_of_the_unrotated(backend, dtype):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [OPEN, (5, 3), (0, 0)], ids=["full", "window", "self"])
 def test_batched(backend, causal, window):
+    left, right = window
+    window = (left, min(right, 0)) if causal else window
     check(backend, make(19, batch=2), causal=causal, window_size=window)
 
 
 @backends
-@pytest.mark.parametrize("head_dim", [32, 72, 80, 128])
+def test_packed_looking_ahead(backend):
+    """A window on both sides, and cross attention to keys of other lengths."""
+    check(backend, make(), cu_seqlens_q=cu(20, 13), causal=False, window_size=(4, 2))
+    lengths = {"cu_seqlens_q": cu(3, 1, 8), "cu_seqlens_k": cu(9, 20, 8)}
+    check(backend, make(12, 37), causal=False, **lengths)
+
+
+@backends
+@pytest.mark.parametrize("head_dim", [32, 72, 80, 96, 128, 256])
 def test_head_dims(backend, head_dim):
     check(backend, make(17, head_dim=head_dim))
 
@@ -148,6 +158,9 @@ def test_position_ids(backend):
     at = torch.arange(33) * 3 % 40
     rotary = mk.yarn_rotary(64, 64, truncate=False)
     check(backend, make(), rotary=rotary, position_ids=at)
+    packed = {"cu_seqlens_q": cu(20, 13), "position_ids": at.int()}
+    check(backend, make(), rotary=rotary, **packed)
+    check(backend, make(batch=2), rotary=rotary, position_ids=at)
 
 
 @backends
@@ -234,11 +247,40 @@ def test_packed_equals_one_by_one(backend):
 
 
 @backends
-def test_bitwise_repeatable(backend):
-    options = {"cu_seqlens_q": cu(20, 13), "rotary": mk.yarn_rotary(64, 64, truncate=False)}
-    first = outputs(backend, make(), deterministic=True, **options)
-    again = outputs(backend, make(), deterministic=True, **options)
-    assert all(torch.equal(first[n], again[n]) for n in first)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bitwise_repeatable(backend, deterministic):
+    """The default as well. One long sequence: the CPU cuts each key head into several parts."""
+    tensors = make(33 if backend == "triton" else 700, heads=8, kv_heads=1)
+    options = {"rotary": mk.yarn_rotary(64, 700, truncate=False), "deterministic": deterministic}
+    first = outputs(backend, tensors, **options)
+    for _ in range(1 if backend == "triton" else 5):
+        again = outputs(backend, tensors, **options)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+@backends
+def test_largest_windows_are_open(backend):
+    q, k, v, sinks = make(17)
+    with mk.backend(backend):
+        whole = mk.attention(q, k, v, sinks=sinks, causal=False)
+        for side in (2**31 - 1, 2**31, 2**63 - 1):
+            found = mk.attention(q, k, v, sinks=sinks, causal=False, window_size=(side, side))
+            assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_polynomial_exp2(backend, monkeypatch):
+    from medgpt_kernels.attention import triton_fwd
+
+    q, k, v, sinks = make()
+    plain = outputs(backend, [q, k, v, sinks])
+    monkeypatch.setenv("MEDGPT_KERNELS_POLY_EXP2", "1")
+    taken = outputs(backend, [q, k, v, sinks])
+    assert not torch.equal(plain["out"], taken["out"])
+    # a quarter of the probabilities, each 3e-6 off: far below the half a bf16 ulp it is meant for
+    assert (plain["out"] - taken["out"]).abs().max() < 4e-6 * v.abs().max()
+    monkeypatch.setenv("MEDGPT_KERNELS_POLY_EXP2", "0")
+    assert not triton_fwd._wants_poly_exp2(triton_fwd.Tile(1, 1, 1, 1, poly_exp2=True))
 
 
 @backends
@@ -388,6 +430,21 @@ def test_nan_stays_in_its_own_rows(backend):
 
 
 @backends
+def test_nan_in_a_sink_stays_in_its_head(backend):
+    q, k, v, sinks = make(12)
+    sinks[3] = float("nan")
+    with mk.backend(backend):
+        out, lse = mk.attention(q, k, v, sinks=sinks, return_lse=True)
+    with mk.backend("reference"):
+        expected, expected_lse = mk.attention(q, k, v, sinks=sinks, return_lse=True)
+    for found in (out, expected):
+        assert found[:, 3].isnan().all()
+        assert found[:, torch.arange(16) != 3].isfinite().all()
+    for found in (lse, expected_lse):
+        assert torch.equal(found.isnan(), sinks.isnan()[:, None].expand(-1, 12))
+
+
+@backends
 def test_large_sinks_and_scores(backend):
     q, k, v, _ = make(17)
     check(backend, [q * 30, k, v, torch.tensor([-1e4, 50.0, 1e4, 0.0]).repeat(4)])
@@ -478,6 +535,11 @@ def test_double_backward_raises():
         ({"sinks": torch.zeros(5)}, r"sinks \[16\], got torch.float32 \[5\]"),
         ({"window_size": (-2, 0)}, r"got \(-2, 0\)"),
         ({"window_size": 128}, "window_size"),
+        ({"window_size": (2.5, 0)}, "window_size"),
+        ({"window_size": (4, 2)}, r"right window of 0 or -1 where causal, got \(4, 2\)"),
+        ({"max_seqlen_q": 9.5}, "an int >= 0, got 9.5"),
+        ({"max_seqlen_q": 20}, "max_seqlen_q of at least 33, got 20"),
+        ({"max_seqlen_k": 32}, "max_seqlen_k of at least 33, got 32"),
         ({"max_seqlen_q": 20, "cu_seqlens_q": cu(33)}, "at most 20 tokens, got 33"),
         ({"cu_seqlens_k": cu(33)}, "cu_seqlens_q with cu_seqlens_k"),
         ({"cu_seqlens_q": cu(33), "cu_seqlens_k": cu(20, 13)}, r"cu_seqlens_k \[2\]"),
@@ -493,6 +555,20 @@ def test_refuses(change, message):
     arguments = {"q": q, "k": k, "v": v, "sinks": sinks} | change
     with pytest.raises(ValueError, match="attention: expected.*" + message):
         mk.attention(**arguments)
+
+
+def test_autocast_leaves_double_and_integers():
+    q, k, v, _ = make(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mk.attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        with pytest.raises(ValueError, match="one float dtype"):
+            mk.attention(q.int(), k.int(), v.int())
+
+
+def test_forward_mode_raises():
+    q, k, v, _ = make(5)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: mk.attention(q, k, v), (q,), (torch.ones_like(q),))
 
 
 def test_unknown_arguments_raise():
@@ -532,6 +608,13 @@ def test_compiled_call_checks_lengths():
     assert torch.equal(step(cu(20, 13)), mk.attention(q, k, v, cu_seqlens_q=cu(20, 13)))
     with pytest.raises(ValueError, match="attention: expected cu_seqlens_q rising"):
         step(cu(20, 30))
+    rotary = mk.yarn_rotary(64, 64, truncate=False)
+    at_positions = torch.compile(
+        lambda p: mk.attention(q, k, v, rotary=rotary, position_ids=p),
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"attention: expected positions in 0 \.\.\. 63"):
+        at_positions(torch.full((33,), 2**32))
 
 
 def test_compiles_at_most_twice_over_random_packings():

@@ -352,7 +352,36 @@ def test_tables_with_a_gradient_are_refused():
         mk.apply_rotary(q, k, mk.Rotary(cos.requires_grad_(), sin))
 
 
+def test_cu_seqlens_are_checked_beside_positions():
+    q, k = make(torch.float32)
+    rotary, at = mk.yarn_rotary(64, 64, truncate=False), torch.arange(37)
+    wrong = torch.tensor([0, 36], dtype=torch.int32)
+    with pytest.raises(ValueError, match="rising from 0 to 37"):
+        mk.apply_rotary(q, k, rotary, position_ids=at, cu_seqlens=wrong)
+
+
 # The dispatcher's own checks, and compilation
+
+
+def test_compiles_at_most_twice_over_random_packings():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    rotary = mk.yarn_rotary(64, 256, truncate=False)
+    g = torch.Generator().manual_seed(0)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(q, k, cu_seqlens):
+        return mk.apply_rotary(q, k, rotary, cu_seqlens=cu_seqlens)
+
+    for i in range(50):
+        lengths = torch.randint(1, 30, (3 + i % 5,), generator=g)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+        q, k = make(torch.float32, shape=(int(lengths.sum()),), seed=i)
+        expected = mk.apply_rotary(q, k, rotary, cu_seqlens=bounds)
+        found = step(q, k, bounds)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert counter.frame_count <= 2
 
 
 def test_opcheck():

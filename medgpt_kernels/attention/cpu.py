@@ -5,6 +5,7 @@ import torch
 from medgpt_kernels import native
 from medgpt_kernels.native import DTYPE_CODES, pointer
 from medgpt_kernels.registry import Unsupported
+from medgpt_kernels.rotary.cpu import narrow_positions
 
 native.cpu()
 
@@ -72,7 +73,8 @@ def attention_fwd(
     library = native.cpu()
     q, k, v = rows(q), rows(k), rows(v)
     sinks, cos, sin = _floats(sinks), _floats(cos), _floats(sin)
-    position_ids, cu_q, cu_k = map(_integers, (position_ids, cu_seqlens_q, cu_seqlens_k))
+    position_ids = narrow_positions(position_ids)
+    cu_q, cu_k = _integers(cu_seqlens_q), _integers(cu_seqlens_k)
     problem = _problem(
         q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
     )
@@ -121,7 +123,8 @@ def attention_bwd(
     q, k, v, out, d_out = map(rows, (q, k, v, out, d_out))
     wide_sinks, cos, sin, d_lse = map(_floats, (sinks, cos, sin, d_lse))
     lse = lse.contiguous()
-    position_ids, cu_q, cu_k = map(_integers, (position_ids, cu_seqlens_q, cu_seqlens_k))
+    position_ids = narrow_positions(position_ids)
+    cu_q, cu_k = _integers(cu_seqlens_q), _integers(cu_seqlens_k)
     problem = _problem(
         q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale
     )

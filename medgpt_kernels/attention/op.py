@@ -11,6 +11,7 @@ from medgpt_kernels.rotary.op import check_cu_seqlens, check_positions, check_ta
 from medgpt_kernels.rotary.tables import Rotary
 
 MAX_HEAD_DIM = 256
+MAX_WINDOW = 2**31 - 1  # no sequence is longer; sums with positions stay far from int64's end
 
 
 def attention(
@@ -46,10 +47,11 @@ def attention(
         cu_seqlens_k: the same for keys; None: cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: longest sequence; None: the token count, an upper bound that
             costs a GPU empty blocks.
-        causal: no key after the query; the last query is aligned with the last key.
+        causal: no key after the query; the last query is aligned with the last key. The right
+            window is then 0 or -1.
         window_size: (left, right) keys visible besides the query's own, -1 for no limit. gpt-oss's
             sliding window of 128 is (127, 0).
-        sinks: [H] logits, any float dtype.
+        sinks: [H] logits, any float dtype, less than infinite.
         softmax_scale: None is D ** -0.5.
         rotary: rotates q and k on load, the first R of D; gradients are those of the unrotated.
             Keys count from 0 within their sequence and queries from len_k - len_q, so no sequence
@@ -68,9 +70,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = registry.autocast(q, k, v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     _check_tensors(q, k, v, sinks)
@@ -138,14 +138,22 @@ def merge_attention(
     return (out_a * a + out_b * b).to(out_a.dtype), lse
 
 
+def _is_size(x) -> bool:
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
+
+
 def _window(window_size, causal: bool) -> tuple[int, int]:
     pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not pair or any(side < -1 for side in window_size):
+    if not pair or not all(_is_size(side) and side >= -1 for side in window_size):
         raise ValueError(
             f"attention: expected window_size (left, right) of keys >= 0, or -1 for no limit, got "
             f"{window_size}"
         )
-    left, right = window_size
+    left, right = (min(side, MAX_WINDOW) for side in window_size)
+    if causal and right > 0:
+        raise ValueError(
+            f"attention: expected a right window of 0 or -1 where causal, got {window_size}"
+        )
     return left, 0 if causal else right
 
 
@@ -190,11 +198,17 @@ def _check_tensors(q, k, v, sinks) -> None:
 
 def _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and longest < 0:
-            raise ValueError(f"attention: expected {name} >= 0, got {longest}")
+        if longest is not None and not (_is_size(longest) and longest >= 0):
+            raise ValueError(f"attention: expected {name} an int >= 0, got {longest}")
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("attention: expected cu_seqlens_q with cu_seqlens_k, got None")
+        for name, longest, tokens in (
+            ("max_seqlen_q", max_seqlen_q, q.shape[-3]),
+            ("max_seqlen_k", max_seqlen_k, k.shape[-3]),
+        ):
+            if longest is not None and longest < tokens:
+                raise ValueError(f"attention: expected {name} of at least {tokens}, got {longest}")
         return
     if q.ndim != 3:
         raise ValueError(

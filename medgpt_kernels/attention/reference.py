@@ -57,7 +57,8 @@ def _probabilities(q, k, keep, sinks, softmax_scale, lse=None):
             sink = sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)
             columns = torch.cat([scores, sink], dim=-1)
         lse = columns.logsumexp(-1)
-    return (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp(), lse
+    nothing = lse == float("-inf")
+    return (scores - lse.masked_fill(nothing, 0.0)[..., None]).exp(), lse
 
 
 def attention_fwd(
@@ -146,7 +147,8 @@ def attention_bwd(
             d_kn = rotate(d_kn, table_k[0], -table_k[1])
         d_q[at_q], d_k[at_k] = d_qn, d_kn
         if sinks is not None:
-            p_sink = (sinks.to(wide)[:, None] - lse_n).exp().nan_to_num(nan=0.0)
+            nothing = lse_n == float("-inf")  # a sink of minus infinity and no key
+            p_sink = (sinks.to(wide)[:, None] - lse_n).exp().masked_fill(nothing, 0.0)
             d_sinks -= (p_sink * delta).sum(-1)
     grads = (d_q, d_k, d_v, None if sinks is None else d_sinks.to(sinks.dtype))
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, wanted, strict=True))

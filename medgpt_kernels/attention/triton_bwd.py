@@ -763,7 +763,8 @@ def attention_bwd(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     row_lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     delta = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    d_k = d_v = d_sinks = None
+    d_sinks = None
+    d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     unit = stride_unit(d_out, q, k, v, out, d_q)
     common = {
         "Cos": cos,
@@ -772,7 +773,7 @@ def attention_bwd(
         "CuSeqlensQ": cu_seqlens_q,
         "CuSeqlensK": cu_seqlens_k,
         "UNIT": unit,
-        "INDEX": index_dtype(d_out, q, k, v, out, d_q, row_lse),
+        "INDEX": index_dtype(d_out, q, k, v, out, d_q, d_k, row_lse),
         **strides("d_out", d_out, unit),
         **shared,
     }
@@ -818,7 +819,6 @@ def attention_bwd(
         }
         if want_k or want_v:
             tile = choose(KV_CONFIGS, q, window.narrow(256))
-            d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
             blocks = triton.cdiv(max_seqlen_k, tile.block_n)
             _attention_bwd_kv_kernel[(blocks * sequences * k.shape[-2],)](
                 DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile.options()

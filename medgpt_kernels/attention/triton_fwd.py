@@ -8,6 +8,7 @@ between powers of two is two tiles, D = 72 being 64 + 16.
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -117,6 +118,11 @@ def head_tiles(head_dim: int) -> dict[str, int]:
         "BLOCK_D": block,
         "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
     }
+
+
+def _wants_poly_exp2(tile: Tile) -> bool:
+    """As the tile says, or MEDGPT_KERNELS_POLY_EXP2 = 0 or 1, to measure the other way."""
+    return {"0": False, "1": True}.get(os.environ.get("MEDGPT_KERNELS_POLY_EXP2"), tile.poly_exp2)
 
 
 @triton.jit
@@ -460,8 +466,9 @@ def _attention_fwd_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     if Sinks is not None:
         sink = tl.load(Sinks + head).to(tl.float32) * 1.4426950408889634
-        m = tl.maximum(sink, m)
-        l = tl.where(sink > NO_SCORE, 1.0, 0.0)
+        none = sink <= NO_SCORE  # a sink that is not a number stays one
+        m = tl.where(none, NO_SCORE, sink)
+        l = tl.where(none, 0.0, 1.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_rest = m if BLOCK_REST == 0 else tl.zeros([BLOCK_M, max(BLOCK_REST, 1)], tl.float32)
 
@@ -655,7 +662,7 @@ def attention_fwd(
             UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
-            USE_POLY_EXP2=tile.poly_exp2,
+            USE_POLY_EXP2=_wants_poly_exp2(tile),
             INDEX=index_dtype(q, k, v, out, lse),
             **tile.options(),
         )

@@ -69,7 +69,7 @@ class FusedGptOssAttention(GptOssAttention):
         dropout = self.attention_dropout if self.training else 0.0
         interface.check_options(self, dropout, self.sliding_window, k.shape[1], kwargs)
         sequences = interface.find_sequences(
-            q, k, attention_mask, is_causal, self.sliding_window, kwargs
+            self, q, k, attention_mask, is_causal, self.sliding_window, kwargs
         )
         if past_key_values is None:
             options = self._rotary_options(q, sequences, positions, kwargs)
@@ -106,7 +106,8 @@ class FusedGptOssAttention(GptOssAttention):
         def from_0():
             return _from_0(positions.expand(q.shape[:2]).flatten(), cu_seqlens)
 
-        return {"rotary": tables, "position_ids": once(positions, cu_seqlens, ("from 0",), from_0)}
+        made = once(positions, cu_seqlens, ("from 0",), from_0, self)
+        return {"rotary": tables, "position_ids": made}
 
 
 def _from_0(position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

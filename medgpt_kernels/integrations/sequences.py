@@ -3,10 +3,14 @@
 B rows of S tokens, N packed sequences, T tokens that take part.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_made = WeakTensorKeyDictionary()  # by anchor tensor: {key: (asker, other, versions, value)}
 
 
 class Sequences(NamedTuple):
@@ -21,33 +25,37 @@ class Sequences(NamedTuple):
     holes: bool = False  # a padded token lies between two tokens of one sequence
 
 
-def once(anchor: torch.Tensor, other: torch.Tensor | None, key: tuple, make: Callable):
-    """make(), once for these two tensors: every layer of one forward asks for the same.
+def once(
+    anchor: torch.Tensor, other: torch.Tensor | None, key: tuple, make: Callable, asker: object
+):
+    """make(), once for these two tensors a forward: every layer of it asks for the same.
 
-    The result lives on the anchor tensor itself, so it dies with it, and counts only while neither
-    tensor was written to. Inference tensors do not count their writes: theirs is made each time.
+    The layer that had the result made has it made anew when it asks again, in the next forward: a
+    tensor may have been written to where torch does not count it (NumPy, `.data`). Counted writes
+    end it sooner. Inference tensors do not count theirs: each layer makes its own.
     """
     tensors = (anchor,) if other is None else (anchor, other)
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         return make()
     versions = [t._version for t in tensors]
-    known = anchor.__dict__.setdefault("_medgpt_once", {})
+    known = _made.setdefault(anchor, {})
     if key in known:
-        seen, seen_versions, value = known[key]
-        if seen is other and seen_versions == versions:
+        maker, seen, seen_versions, value = known[key]
+        if maker() is not asker and seen is other and seen_versions == versions:
             return value
     value = make()
-    known[key] = (other, versions, value)
+    known[key] = (weakref.ref(asker), other, versions, value)
     return value
 
 
 @torch.compiler.disable(reason="reads position_ids; give cu_seq_lens_q and max_length_q instead")
-def from_positions(position_ids: torch.Tensor, batch: int, len_q: int, len_k: int):
+def from_positions(position_ids: torch.Tensor, batch: int, len_q: int, len_k: int, asker: object):
     """Sequences of a batch without padding, or None where each row is one sequence.
 
     Args:
         position_ids: [1, S] or [B, S], positions of the queries; a sequence starts at each restart.
         batch, len_q, len_k: B, and the lengths of a row of queries and keys.
+        asker: the layer; see once.
 
     Raises:
         ValueError: positions of another shape, with gaps, or restarting behind a KV cache.
@@ -65,34 +73,39 @@ def from_positions(position_ids: torch.Tensor, batch: int, len_q: int, len_k: in
             )
         return _packed(starts, None, False, position_ids.device)
 
-    return once(position_ids, None, ("positions", batch, len_q, len_k), make)
+    return once(position_ids, None, ("positions", batch, len_q, len_k), make, asker)
 
 
 @torch.compiler.disable(reason="reads the padding mask; pack and give cu_seq_lens_q instead")
-def from_mask(mask: torch.Tensor, position_ids, len_q: int, cross: bool) -> Sequences:
+def from_mask(
+    mask: torch.Tensor, position_ids, len_q: int, cross: bool, asker: object
+) -> Sequences:
     """Sequences of a padded batch.
 
     Args:
         mask: [B, S_k] or [B, 1, 1, S_k], nonzero where a key takes part. The queries are
             the last len_q columns.
         position_ids: [1, S] or [B, S] or None; where they restart within a row, so does a sequence.
-        cross: all queries take part and each sees all keys of its row.
+        cross: all queries take part and each sees all keys of its row, but where positions restart
+            within one: then padding takes no part, and sequences do not see each other.
+        asker: the layer; see once.
 
     Raises:
         ValueError: as from_positions.
     """
     batch, len_k = mask.shape[0], mask.shape[-1]
-    if cross or len_q == 1:
+    if len_q == 1 or (cross and len_q != len_k):
         position_ids = None
 
     def make():
         valid = mask.bool().cpu().view(batch, len_k)
-        if not cross and len_q == len_k:
+        restarts = cross and position_ids is not None and _restarts(valid, position_ids)
+        if (restarts or not cross) and len_q == len_k:
             starts, holes = _starts(valid, position_ids, batch, len_q)
             return _packed(starts, _rows(valid), holes, mask.device)
         asking = torch.ones(batch, len_q, dtype=torch.bool) if cross else valid[:, len_k - len_q :]
-        starts, _ = _starts(asking, position_ids, batch, len_q)
-        if position_ids is not None and len(starts) - 1 > int(asking.any(1).sum()):
+        starts, _ = _starts(asking, None if cross else position_ids, batch, len_q)
+        if not cross and position_ids is not None and len(starts) - 1 > int(asking.any(1).sum()):
             raise ValueError(
                 "medgpt_kernels: expected positions that count on behind a KV cache, got a restart"
             )
@@ -102,7 +115,17 @@ def from_mask(mask: torch.Tensor, position_ids, len_q: int, cross: bool) -> Sequ
         rows_q = None if asking.all() else _rows(asking).to(mask.device)
         return Sequences(cu_q, cu_k, max_q, max_k, rows_q, _rows(valid).to(mask.device), holes)
 
-    return once(mask, position_ids, ("mask", len_q, cross), make)
+    return once(mask, position_ids, ("mask", len_q, cross), make, asker)
+
+
+def _restarts(valid: torch.Tensor, position_ids: torch.Tensor) -> bool:
+    """Whether positions fall back within the part of a row that takes part."""
+    if position_ids.ndim != 2 or position_ids.shape not in ((1, valid.shape[1]), valid.shape):
+        return False
+    at = position_ids.cpu().expand(valid.shape)
+    lowest = torch.iinfo(at.dtype).min
+    reached = at.masked_fill(~valid, lowest).cummax(1).values
+    return bool(((at[:, 1:] <= reached[:, :-1]) & valid[:, 1:]).any())
 
 
 def _rows(valid: torch.Tensor) -> torch.Tensor:

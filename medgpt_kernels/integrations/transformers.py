@@ -54,7 +54,8 @@ def register() -> None:
     sliding windows, vision towers, left and right padding, dynamic KV caches and packed batches.
     No mask of S x S is ever made. Packed batches come as `cu_seq_lens_q`, `cu_seq_lens_k` (int32)
     and `max_length_q`, `max_length_k` (int), which read nothing back from a device, or as
-    `position_ids` that restart, which are read once a forward.
+    `position_ids` that restart, which are read once a forward. Reading them breaks a compiled
+    graph: torch.compile(fullgraph=True) needs cu_seq_lens, for plain [B, S] batches too.
 
     A model call then raises ValueError on what is not served, rather than ignore it: dropout > 0,
     softcap, output_attentions, 4D masks, static caches, chunked and blockwise masks, positions
@@ -138,7 +139,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     is_causal = looks_back_only(module, is_causal, sliding_window)
     check_options(module, dropout, sliding_window, k.shape[1], kwargs)
-    sequences = find_sequences(q, k, attention_mask, is_causal, sliding_window, kwargs)
+    sequences = find_sequences(module, q, k, attention_mask, is_causal, sliding_window, kwargs)
     out = attend(
         q, k, v, sequences, is_causal, sliding_window, s_aux, scaling, kwargs.get("deterministic")
     )
@@ -189,10 +190,13 @@ def _window_of(module) -> float:
     return float("inf") if width is None or not getattr(module, "is_causal", True) else width
 
 
-def find_sequences(q, k, mask, is_causal, sliding_window, kwargs: dict) -> Sequences | None:
+def find_sequences(module, q, k, mask, is_causal, sliding_window, kwargs: dict) -> Sequences | None:
     """The packed sequences of a call, or None where each row of the batch is one."""
     batch, len_q, len_k = q.shape[0], q.shape[1], k.shape[1]
     cu_q, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        if cu_q is None and kwargs.get(name) is not None:
+            _refuse(f"cu_seq_lens_q with {name}", "none")
     if mask is not None:
         shapes = ((batch, len_k), (batch, 1, 1, len_k))
         if mask.is_floating_point() or mask.shape not in shapes:
@@ -209,11 +213,11 @@ def find_sequences(q, k, mask, is_causal, sliding_window, kwargs: dict) -> Seque
         return Sequences(cu_q, cu_q if cu_k is None else cu_k.to(torch.int32), max_q, max_k)
     if mask is not None:
         cross = not is_causal and sliding_window is None
-        found = from_mask(mask, positions, len_q, cross)
+        found = from_mask(mask, positions, len_q, cross, module)
         if found.holes and sliding_window is not None:
             _refuse("padding at the ends of a row with a sliding window", "padding between tokens")
         return found
-    return None if positions is None else from_positions(positions, batch, len_q, len_k)
+    return None if positions is None else from_positions(positions, batch, len_q, len_k, module)
 
 
 def attend(

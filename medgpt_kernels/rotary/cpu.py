@@ -9,13 +9,19 @@ from medgpt_kernels.registry import Unsupported
 native.cpu()
 
 
+def narrow_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """int32 for the kernels, which check the range: what does not fit stays out of it."""
+    if position_ids is None:
+        return None
+    return position_ids.clamp(-1, 2**31 - 1).to(torch.int32).contiguous()
+
+
 def _launch(q, k, cos, sin, position_ids, cu_seqlens, direction):
     if q.dtype not in DTYPE_CODES:
         raise Unsupported(f"q of {q.dtype}")
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
-    if position_ids is not None:
-        position_ids = position_ids.to(torch.int32).contiguous()
+    position_ids = narrow_positions(position_ids)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)

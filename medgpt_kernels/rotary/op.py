@@ -26,7 +26,8 @@ def apply_rotary(
         k: the same tokens with its own head count, q's dtype.
         rotary: tables of R <= D; dimensions past R stay as they are.
         position_ids: int32 or int64 [T], or [S] or [B, S]. None counts from 0 within each sequence.
-        cu_seqlens: int32 [N + 1], where each packed sequence starts; not used with position_ids.
+        cu_seqlens: int32 [N + 1], where each packed sequence starts; with position_ids these
+            count, and cu_seqlens is checked only.
 
     Returns:
         New contiguous q and k. Gradients flow to q and k; the tables are constants.
@@ -35,10 +36,8 @@ def apply_rotary(
         ValueError: shapes, dtypes or devices that do not fit, positions beyond the tables (where
             they can be read without waiting for a device).
     """
+    q, k = registry.autocast(q, k)
     _check(q, k, rotary, position_ids, cu_seqlens)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k = q.to(dtype), k.to(dtype)
     packed = q.ndim == 3
     if packed and (position_ids is not None or cu_seqlens is None):
         cu_seqlens = None  # one sequence whose positions are given or count from 0
@@ -132,14 +131,14 @@ def _check(q, k, rotary, position_ids, cu_seqlens) -> None:
     length = rotary[0].shape[0]
     if position_ids is not None:
         check_positions("apply_rotary", position_ids, q.shape[:-2], length, q.device)
-        return
     if cu_seqlens is not None:
         if q.ndim != 3:
             raise ValueError(
                 f"apply_rotary: expected packed q [T, H, D] with cu_seqlens, got {list(q.shape)}"
             )
-        check_cu_seqlens("apply_rotary", "cu_seqlens", cu_seqlens, q.shape[0], q.device, length)
-    elif q.shape[-3] > length:
+        longest = length if position_ids is None else None
+        check_cu_seqlens("apply_rotary", "cu_seqlens", cu_seqlens, q.shape[0], q.device, longest)
+    elif position_ids is None and q.shape[-3] > length:
         raise ValueError(
             f"apply_rotary: expected tables of at least {q.shape[-3]} positions, got {length}"
         )
