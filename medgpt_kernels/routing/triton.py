@@ -413,7 +413,7 @@ def _launch_meta(dtype, tokens, num_experts, topk, scoring, renormalize, correct
 
 
 def aot_kernels() -> Iterator[aot.AotKernel]:
-    """The kernels as their launchers would launch them: gpt-oss, Qwen3-MoE, DeepSeek-V3, Mixtral."""
+    """The launches of gpt-oss, Qwen3-MoE, DeepSeek-V3 and Mixtral."""
     for dtype, tokens, num_experts, topk, scoring, renormalize in (
         (torch.bfloat16, 2048, 32, 4, "topk_softmax", True),
         (torch.bfloat16, 1, 32, 4, "topk_softmax", True),
