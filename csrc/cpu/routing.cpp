@@ -22,9 +22,10 @@ constexpr int kRows = 6, kColumns = 4;  // 24 of 32 registers accumulate, 6 hold
 #else
 constexpr int kRows = 3, kColumns = 4;  // 12 of 16, 3 and 1
 #endif
-constexpr int kRowColumns = 8;    // of a single row: as many sums as hide the latency of one
-constexpr int64_t kDepth = 1024;  // of x and weight at a time: kRows rows of x stay in L1
-constexpr int64_t kTokens = 48;   // of a task
+constexpr int kRowColumns = 8;        // of a single row: as many sums as hide the latency of one
+constexpr int64_t kDepth = 1024;      // of x and weight at a time: kRows rows of x stay in L1
+constexpr int64_t kTokens = 48;       // of a task
+constexpr int64_t kSerial = 1 << 19;  // products below which waking a second thread costs more
 
 inline float add_lanes(vf v) {
   float lanes[kLanes];
@@ -97,7 +98,8 @@ void product(const Problem& p, const Forward& f, int64_t t0, int64_t t1, int64_t
 
 // A decoding step's few tokens are split by experts instead.
 void products(const Problem& p, const Forward& f) {
-  int64_t threads = omp_get_max_threads();
+  bool serial = p.tokens * p.experts * p.hidden < kSerial;
+  int64_t threads = serial ? 1 : omp_get_max_threads();
   int64_t token_tasks = (p.tokens + kTokens - 1) / kTokens, expert_tasks = 1;
   if (token_tasks < threads)
     expert_tasks = std::min(threads, std::max<int64_t>(p.experts / kRowColumns, 1));
