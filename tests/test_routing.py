@@ -236,7 +236,7 @@ def test_many_tiles_are_scanned(backend, monkeypatch):
 @pytest.mark.parametrize("experts", [8, 32, 100])
 def test_ties_go_to_the_lower_id(backend, experts):
     g = torch.Generator().manual_seed(0)
-    logits = torch.randint(-1, 2, (200, experts), generator=g).float()
+    logits = torch.randint(-1, 2, (64, experts), generator=g).float()
     logits[::2] *= -0.0  # zeros of both signs are one value
     expected = (-logits).double().sort(dim=-1, stable=True).indices[:, :6].int()
     with mk.backend(backend):
