@@ -40,19 +40,23 @@ def _value_of(code, scale):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _mxfp4_quantize_kernel(Blocks, Scales, W, count, BLOCK_R: tl.constexpr):
+def _mxfp4_quantize_kernel(Words, Scales, W, count, BLOCK_R: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i, b = tl.arange(0, 32), tl.arange(0, 16)
-    inside = (r < count)[:, None]
-    x = tl.load(W + r[:, None] * 32 + i[None, :], mask=inside, other=0).to(tl.float32)
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # in the order of the floats
+    word, j = tl.arange(0, 4), tl.arange(0, 8)
+    i = word[None, :, None] * 8 + j[None, None, :]
+    inside = r < count
+    x = tl.load(W + r[:, None, None] * 32 + i, mask=inside[:, None, None], other=0)
+    x = x.to(tl.float32)  # [R, 4, 8]
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of the floats
+    largest = tl.max(tl.max(magnitude, 2), 1)
     nan = largest > 0x7F800000
     scale = tl.where(nan, 255, tl.maximum((largest >> 23) - 2, 0))
     inverse = ((254 - tl.where(nan, 0, scale)) << 23).to(tl.float32, bitcast=True)
-    code = tl.where(nan[:, None], 0, _code_of(x, inverse[:, None]))
-    low, high = tl.split(tl.reshape(code, [BLOCK_R, 16, 2]))
-    tl.store(Blocks + r[:, None] * 16 + b[None, :], (low | high << 4).to(tl.uint8), mask=inside)
-    tl.store(Scales + r, scale.to(tl.uint8), mask=r < count)
+    code = _code_of(x, inverse[:, None, None])
+    packed = tl.sum(code << (4 * j)[None, None, :], 2)  # bits apart, so a sum is an or
+    packed = tl.where(nan[:, None], 0, packed)
+    tl.store(Words + r[:, None] * 4 + word[None, :], packed, mask=inside[:, None])
+    tl.store(Scales + r, scale.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -87,7 +91,7 @@ def mxfp4_quantize(w):
     if count > 0:
         with torch.cuda.device_of(w):
             _mxfp4_quantize_kernel[(triton.cdiv(count, CONFIG["BLOCK_R"]),)](
-                Blocks=blocks, Scales=scales, W=w, count=count, **CONFIG
+                Words=blocks.view(torch.int32), Scales=scales, W=w, count=count, **CONFIG
             )
     return blocks, scales
 
