@@ -55,6 +55,24 @@ inline vf riffle_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1,
 inline vf riffle_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
+// The opposite: a vector of every second lane of two that follow each other.
+#if defined(__AVX512F__)
+inline vf even_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline vf odd_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#elif defined(__AVX2__)
+inline vf even_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+inline vf odd_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#else
+inline vf even_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+inline vf odd_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
+#endif
+
 // N vectors [N][kLanes] become [kLanes][N], stored one after the other in the same N vectors. Each
 // riffle of the upper with the lower half moves the vector index's top bit below the lane's bits.
 template <int N>
