@@ -18,7 +18,8 @@ constexpr int64_t kRowBlock = 384;
 constexpr int64_t kDepth = 384;                                      // of a packed chunk of weights
 constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a tile's columns
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
-constexpr int64_t kFewRows = 8;  // weights are multiplied as they stream by, not packed
+// With no more rows than these an expert's weights are multiplied as they stream by, not packed.
+constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
 
 struct Matrix {  // one expert's
   const Stack* of;
@@ -223,24 +224,31 @@ template <int MR, int NB>
 void dots(const PackedRow (&w)[NB], int64_t depth, const float* a, int64_t stride,
           vf (*sums)[kLanes]) {
   vf acc[MR][NB] = {};
+  int64_t ahead = NB * depth / 2;  // rows are too short for the hardware to see them coming
   for (int64_t block = 0; block < depth / kBlock; block++) {
     const float* rows = a + block * kBlock;
 #pragma GCC unroll 4
     for (int i = 0; i < NB; i++) {
+      __builtin_prefetch(w[i].bytes + block * kBlockBytes + ahead);
       vf scale = splat(kMxfp4Scales.value[w[i].scales[block]]);
-      vf part[MR] = {};
+      vf part = {};  // of a single row, scaled once instead of each weight
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockBytes; j += kLanes) {
         vu codes = load_bytes(w[i].bytes + block * kBlockBytes + j);
         vf even = decode(codes), odd = decode(codes >> 4);
-#pragma GCC unroll 4
+        if constexpr (MR == 1) {
+          part += even * load(rows + j);
+          part += odd * load(rows + kBlockBytes + j);
+          continue;
+        }
+        even *= scale, odd *= scale;
+#pragma GCC unroll 8
         for (int m = 0; m < MR; m++) {
-          part[m] += even * load(rows + m * stride + j);
-          part[m] += odd * load(rows + m * stride + kBlockBytes + j);
+          acc[m][i] += even * load(rows + m * stride + j);
+          acc[m][i] += odd * load(rows + m * stride + kBlockBytes + j);
         }
       }
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; m++) acc[m][i] += part[m] * scale;
+      if constexpr (MR == 1) acc[0][i] += part * scale;
     }
   }
   for (int m = 0; m < MR; m++)
@@ -280,6 +288,9 @@ void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, c
     int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
     auto at = [&](int i) { return row_of(n + i); };
     int64_t m = 0;
+    for (; m + 8 <= rows; m += 8)
+      few_outputs<8, kLanes == 16 ? 2 : 1, Row>(at, live, depth, a + m * stride, stride,
+                                                c + m * c_stride + n, c_stride, first);
     for (; m + 4 <= rows; m += 4)
       few_outputs<4, 2, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
                              c_stride, first);
@@ -312,12 +323,13 @@ void add_rows(const T* w, int64_t ld, int64_t count, const float* a, int64_t str
   }
 }
 
-template <int MR, typename T>
-void stream_rows(const T* w, int64_t ld, int64_t depth, int64_t count, const float* a,
+template <int STEP, typename T>
+void stream_rows(const T* w, int64_t ld, int64_t count, int64_t rows, const float* a,
                  int64_t stride, float* c, int64_t c_stride) {
-  int64_t k = 0;
-  for (; k + 8 <= depth; k += 8) add_rows<MR, 8>(w + k * ld, ld, count, a + k, stride, c, c_stride);
-  for (; k < depth; k++) add_rows<MR, 1>(w + k * ld, ld, count, a + k, stride, c, c_stride);
+  int64_t m = 0;
+  for (; m + 2 <= rows; m += 2)
+    add_rows<2, STEP>(w, ld, count, a + m * stride, stride, c + m * c_stride, c_stride);
+  if (m < rows) add_rows<1, STEP>(w, ld, count, a + m * stride, stride, c + m * c_stride, c_stride);
 }
 
 void multiply_few(const Matrix& b, int64_t rows, const Columns& columns, const float* a,
@@ -345,13 +357,11 @@ void multiply_few(const Matrix& b, int64_t rows, const Columns& columns, const f
       }
       for (int64_t m = 0; first && m < rows; m++)
         std::fill_n(to + m * c_stride, round_up(count, kLanes), 0.0f);
-      int64_t m = 0;
-      for (; m + 2 <= rows; m += 2)
-        stream_rows<2>(data + n0, of.n, of.k, count, a + m * stride, stride, to + m * c_stride,
-                       c_stride);
-      if (m < rows)
-        stream_rows<1>(data + n0, of.n, of.k, count, a + m * stride, stride, to + m * c_stride,
-                       c_stride);
+      int64_t k = 0;
+      for (; k + 8 <= of.k; k += 8)
+        stream_rows<8>(data + k * of.n + n0, of.n, count, rows, a + k, stride, to, c_stride);
+      for (; k < of.k; k++)
+        stream_rows<1>(data + k * of.n + n0, of.n, count, rows, a + k, stride, to, c_stride);
     });
   }
 }
@@ -372,7 +382,8 @@ std::vector<RowBlock> row_blocks(const int32_t* offs, int64_t experts) {
 }
 
 bool takes_few(const Stack& b, int64_t rows) {
-  return rows <= kFewRows && !(b.scales != nullptr && b.n_contiguous);
+  if (b.scales != nullptr) return rows <= kFewRowsOfBlocks && !b.n_contiguous;
+  return rows <= kFewRows;
 }
 }  // namespace
 
