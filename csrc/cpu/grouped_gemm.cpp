@@ -15,7 +15,7 @@
 namespace grouped {
 namespace {
 constexpr int64_t kRowBlock = 384;
-constexpr int64_t kDepth = 384;                                      // of a packed chunk of weights
+constexpr int64_t kDepth = 256;                                      // of a packed chunk of weights
 constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a tile's columns
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
 // With no more rows than these an expert's weights are multiplied as they stream by, not packed.
@@ -142,6 +142,20 @@ void pack_weights(const Matrix& b, int64_t k0, int64_t depth, const Columns& col
         pack_deep_rows(data, of.k, k0, depth, n0, count, out, at);
     });
   }
+}
+
+// Asks for one of `shares` parts of the weights that pack_weights reads next. Only short runs of
+// dense rows need it: there every row is another page, which the hardware does not see coming.
+void prefetch_weights(const Matrix& b, int64_t k0, int64_t depth, const Columns& columns,
+                      int64_t share, int64_t shares) {
+  const Stack& of = *b.of;
+  if (of.scales != nullptr || !of.n_contiguous) return;
+  int64_t bytes = of.dtype == DType::kF32 ? 4 : 2;
+  for (int64_t k = k0 + depth * share / shares; k < k0 + depth * (share + 1) / shares; k++)
+    for (int part = 0; part < columns.parts; part++) {
+      const char* row = static_cast<const char*>(b.data) + (k * of.n + columns.begin[part]) * bytes;
+      for (int64_t at = 0; at < columns.count * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
 }
 
 // c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR], summed in steps
@@ -442,11 +456,15 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
           for (int64_t k = 0; k < depth; k += kDepth) {
             int64_t deep = std::min(kDepth, depth - k);
             pack_weights(matrix, k, deep, columns, b.get());
+            int64_t next = std::min(kDepth, depth - k - deep), share = 0;
+            int64_t shares =
+                (block.rows + kMR - 1) / kMR * columns.parts * ((columns.count + kNR - 1) / kNR);
             for (int64_t m = 0; m < block.rows; m += kMR) {
               Multiply multiply = kMultiply[std::min<int64_t>(kMR, block.rows - m) - 1];
               for (int part = 0; part < columns.parts; part++)
                 for (int64_t j = 0; j < columns.count; j += kNR) {
                   int64_t place = columns.at[part] + j;
+                  prefetch_weights(matrix, k + deep, next, columns, share++, shares);
                   multiply(deep, at + m * depth + k * kMR, b.get() + place * deep,
                            c.get() + m * stride + place, stride, first && k == 0);
                 }
