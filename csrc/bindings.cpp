@@ -187,6 +187,68 @@ void bind_attention(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::arg("d_sinks"), py::call_guard<py::gil_scoped_release>());
 }
 
+// Everything of a call by name, so that one dict in Python describes it.
+ExpertsProblem make_experts_problem(const py::kwargs& k) {
+  auto size = [&](const char* name) { return k[name].cast<int64_t>(); };
+  auto address = [&](const char* name) { return k[name].cast<Address>(); };
+  return {size("tokens"),
+          size("topk"),
+          size("experts"),
+          size("hidden"),
+          size("intermediate"),
+          at<const float>(address("topk_weights")),
+          at<const int32_t>(address("expert_offs")),
+          at<const int32_t>(address("gather")),
+          at<const int32_t>(address("scatter")),
+          static_cast<DType>(k["dtype"].cast<int>()),
+          at<const void>(address("gate_up")),
+          at<const void>(address("down")),
+          at<const uint8_t>(address("gate_up_scales")),
+          at<const uint8_t>(address("down_scales")),
+          at<const void>(address("gate_up_bias")),
+          at<const void>(address("down_bias")),
+          at<const void>(address("gate_up_a")),
+          at<const void>(address("gate_up_b")),
+          at<const void>(address("down_a")),
+          at<const void>(address("down_b")),
+          size("gate_up_rank"),
+          size("down_rank"),
+          k["lora_scaling"].cast<float>(),
+          k["in_out"].cast<bool>(),
+          k["interleaved"].cast<bool>(),
+          k["plain"].cast<bool>(),
+          k["alpha"].cast<float>(),
+          k["limit"].cast<float>()};
+}
+
+void bind_experts(py::module_& m, py::class_<CpuKernels>& cpu) {
+  py::class_<ExpertsProblem>(m, "ExpertsProblem").def(py::init(&make_experts_problem));
+  cpu.def(
+      "experts_fwd",
+      [](const CpuKernels& kernels, const ExpertsProblem& problem, Address x, Address y,
+         Address pre_activation) {
+        kernels.experts_fwd(problem, {at<void>(x), at<void>(y), at<void>(pre_activation)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("x"), py::arg("y"), py::arg("pre_activation"),
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "experts_bwd",
+      [](const CpuKernels& kernels, const ExpertsProblem& problem, Address d_y,
+         Address pre_activation, Address x, Address d_x, Address d_topk_weights, Address d_gate_up,
+         Address d_gate_up_bias, Address d_down, Address d_down_bias, Address d_gate_up_a,
+         Address d_gate_up_b, Address d_down_a, Address d_down_b) {
+        kernels.experts_bwd(
+            problem, {at<void>(d_y), at<void>(pre_activation), at<void>(x), at<void>(d_x),
+                      at<float>(d_topk_weights), at<void>(d_gate_up), at<void>(d_gate_up_bias),
+                      at<void>(d_down), at<void>(d_down_bias), at<void>(d_gate_up_a),
+                      at<void>(d_gate_up_b), at<void>(d_down_a), at<void>(d_down_b)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("d_y"), py::arg("pre_activation"), py::arg("x"),
+      py::arg("d_x"), py::arg("d_topk_weights"), py::arg("d_gate_up"), py::arg("d_gate_up_bias"),
+      py::arg("d_down"), py::arg("d_down_bias"), py::arg("d_gate_up_a"), py::arg("d_gate_up_b"),
+      py::arg("d_down_a"), py::arg("d_down_b"), py::call_guard<py::gil_scoped_release>());
+}
+
 RoutingProblem make_routing_problem(int64_t tokens, int64_t hidden, int64_t experts, int64_t topk,
                                     int scoring, bool renormalize) {
   return {tokens, hidden, experts, topk, scoring, renormalize};
@@ -299,6 +361,7 @@ PYBIND11_MODULE(_c, m) {
   bind_patch_embed(m, cpu);
   bind_rotary(cpu);
   bind_attention(m, cpu);
+  bind_experts(m, cpu);
   bind_routing(m, cpu);
   bind_mxfp4(cpu);
   m.def(

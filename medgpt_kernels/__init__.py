@@ -1,6 +1,7 @@
 """Fused kernels, forward and backward, for gpt-oss-style vision-language models."""
 
 from medgpt_kernels.attention.op import attention, merge_attention
+from medgpt_kernels.experts.op import ExpertLora, experts
 from medgpt_kernels.mxfp4.op import Mxfp4Tensor, mxfp4_quantize
 from medgpt_kernels.patch_embed.op import PackedImages, PatchData, pack_images, patch_embed
 from medgpt_kernels.registry import backend
@@ -23,6 +24,7 @@ from medgpt_kernels.routing.op import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpertLora",
     "Mxfp4Tensor",
     "PackedImages",
     "PatchData",
@@ -32,6 +34,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "backend",
+    "experts",
     "load_balancing_loss",
     "merge_attention",
     "mxfp4_quantize",

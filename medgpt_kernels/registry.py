@@ -202,6 +202,7 @@ def register(
             _refuse_forward_mode(name, args)
         return operation(*args)
 
+    call.operator = operator
     return call
 
 
@@ -228,7 +229,7 @@ def direct(op: Callable, device_type: str = "cpu") -> Callable:
     Its Python layers cost more than some kernels of a decoding step. They are left out for plain
     CPU tensors under torch.no_grad(), outside torch.compile, dispatch modes and transforms.
     """
-    kernel = _bind(operators[op.name().split("::")[1].split(".")[0]], device_type)
+    kernel = _bind(op.operator, device_type)
 
     def call(*args):
         if (

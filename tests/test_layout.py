@@ -20,6 +20,11 @@ SHARED_NATIVE = {
         "buffer.h",
         "dispatch.h",
         "vmath.h",
+        "grouped_gemm.h",
+        "grouped_gemm.cpp",
+        "grouped_pack.h",
+        "grouped_few.h",
+        "mxfp4_decode.h",
     },
     "cuda": {"kernels.h", "library.cu", "probe.cu"},
 }

@@ -88,6 +88,38 @@ struct AttentionBackward {
 void attention_fwd(const AttentionProblem&, DType dtype, const AttentionForward&);
 void attention_bwd(const AttentionProblem&, DType dtype, const AttentionBackward&);
 
+// T tokens, K experts a token, S = T K sorted rows, E experts, H hidden, I intermediate, R rank.
+// Absent tensors and gradients that are not wanted are null. Everything is contiguous.
+struct ExpertsProblem {
+  int64_t tokens, topk, experts, hidden, intermediate;
+  const float* topk_weights;                      // [T, K]
+  const int32_t *expert_offs, *gather, *scatter;  // [E + 1], [S], [S]
+  DType dtype;                                    // of all that is not float here
+  const void *gate_up, *down;                     // dense, or blocks
+  const uint8_t *gate_up_scales, *down_scales;    // null: dense
+  const void *gate_up_bias, *down_bias;           // [E, 2I], [E, H]
+  const void *gate_up_a, *gate_up_b;              // [E, R, H], [E, 2I, R]
+  const void *down_a, *down_b;                    // [E, R, I], [E, H, R]
+  int64_t gate_up_rank, down_rank;
+  float lora_scaling;
+  bool in_out, interleaved, plain;  // of dense weights, of gate and up, SwiGLU without clamps
+  float alpha, limit;
+};
+struct ExpertsForward {
+  const void* x;         // [T, H]
+  void* y;               // [T, H]
+  void* pre_activation;  // [S, 2I]
+};
+struct ExpertsBackward {
+  const void *d_y, *pre_activation, *x;
+  void* d_x;
+  float* d_topk_weights;
+  void *d_gate_up, *d_gate_up_bias, *d_down, *d_down_bias;
+  void *d_gate_up_a, *d_gate_up_b, *d_down_a, *d_down_b;
+};
+void experts_fwd(const ExpertsProblem&, const ExpertsForward&);
+void experts_bwd(const ExpertsProblem&, const ExpertsBackward&);
+
 // T tokens, H hidden, E experts, K topk.
 struct RoutingProblem {
   int64_t tokens, hidden, experts, topk;
@@ -145,6 +177,8 @@ struct CpuKernels {
   decltype(&::rotary) rotary;
   decltype(&::attention_fwd) attention_fwd;
   decltype(&::attention_bwd) attention_bwd;
+  decltype(&::experts_fwd) experts_fwd;
+  decltype(&::experts_bwd) experts_bwd;
   decltype(&::routing_fwd) routing_fwd;
   decltype(&::routing_sort) routing_sort;
   decltype(&::routing_bwd) routing_bwd;

@@ -26,6 +26,14 @@ inline vf exp2_small(vf x) {
 // e^x from the above; rounding x log2(e) adds up to |x| / 2 ulp.
 inline vf exp_small(vf x) { return exp2_small(x * 1.44269504088896340736f); }
 
+// e^x within 2 ulp for x in [-87, 87]: the multiple of ln 2 is taken off in two parts.
+inline vf exp_near(vf x) {
+  constexpr float kShift = 12582912.0f + 127.0f;
+  vf shifted = x * 1.44269504088896340736f + kShift, n = shifted - kShift;
+  vf rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  return exp2_small(rest * 1.44269504088896340736f) * bit_cast<vf>(bit_cast<vu>(shifted) << 23);
+}
+
 // x, opaque to the compiler: a product is rounded here instead of fused with what follows.
 inline vf rounded(vf x) {
 #if defined(__x86_64__)
@@ -53,6 +61,24 @@ inline vf riffle_high(vf a, vf b) {
 #else
 inline vf riffle_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 inline vf riffle_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// The opposite: a vector of every second lane of two that follow each other.
+#if defined(__AVX512F__)
+inline vf even_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline vf odd_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#elif defined(__AVX2__)
+inline vf even_lanes(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+inline vf odd_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#else
+inline vf even_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+inline vf odd_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
 #endif
 
 // One riffle of the upper with the lower half of the vectors moves the top bit of the vector's
