@@ -41,27 +41,52 @@ inline float add_lanes(const float __attribute__((vector_size(4 * N))) & v) {
   }
 }
 
+// One step along a row: floats, or pairs of bf16 that multiply in one instruction into fp32 sums.
+template <typename T>
+struct Step {
+  static constexpr int kElements = kLanes;
+  static vf read(const T* p) { return load(p); }
+  static vf read(const T* p, int n) { return load_partial(p, n); }
+  static void add(vf& sum, vf a, vf b) { sum += a * b; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {
+  static constexpr int kElements = 2 * kLanes;
+  static __m512bh read(const bf16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static __m512bh read(const bf16* p, int n) {
+    bf16 lanes[kElements] = {};
+    std::memcpy(lanes, p, n * sizeof(bf16));
+    return read(lanes);
+  }
+  static void add(vf& sum, __m512bh a, __m512bh b) {
+    sum = (vf)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+};
+#endif
+
 // logits[m][e] += x[m] . weight[e] over n elements; both run along memory, so neither is packed
 template <int M, int N, typename T>
 void dot_tile(const T* x, int64_t x_stride, const T* weight, int64_t hidden, int64_t n,
               float* logits, int64_t experts) {
   vf acc[M][N] = {};
   auto step = [&](auto read, int64_t i) {
-    vf row[M];
+    decltype(read(x)) row[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) row[m] = read(x + m * x_stride + i);
 #pragma GCC unroll 8
     for (int e = 0; e < N; e++) {
-      vf w = read(weight + e * hidden + i);
+      auto w = read(weight + e * hidden + i);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) acc[m][e] += row[m] * w;
+      for (int m = 0; m < M; m++) Step<T>::add(acc[m][e], row[m], w);
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) step([](const T* p) { return load(p); }, i);
-  if (i < n) {
+  for (; i + Step<T>::kElements <= n; i += Step<T>::kElements)
+    step([](const T* p) { return Step<T>::read(p); }, i);
+  for (; i < n; i += Step<T>::kElements) {
     int left = static_cast<int>(n - i);
-    step([left](const T* p) { return load_partial(p, left); }, i);
+    step([left](const T* p) { return Step<T>::read(p, left); }, i);
   }
   for (int m = 0; m < M; m++)
     for (int e = 0; e < N; e++) logits[m * experts + e] += add_lanes<kLanes>(acc[m][e]);
