@@ -4,9 +4,14 @@ B rows of S tokens, H query heads, G key and value heads, D head_dim, N packed s
 """
 
 import torch
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssPreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    GptOssPreTrainedModel,
+    GptOssTopKRouter,
+)
 
 from medgpt_kernels.integrations import transformers as interface
+from medgpt_kernels.integrations.moe import FusedGptOssRouter
 from medgpt_kernels.integrations.sequences import once
 from medgpt_kernels.rotary.op import apply_rotary
 from medgpt_kernels.rotary.tables import Rotary, rotary_from_config
@@ -122,6 +127,7 @@ def _from_0(position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tenso
 
 def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
     """See integrations.transformers.patch."""
+    routers = {n: m for n, m in model.named_modules() if type(m) is GptOssTopKRouter}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, GptOssAttention)}
     fresh = {n: m for n, m in layers.items() if type(m) is GptOssAttention}
     known = [m for m in layers.values() if isinstance(m, FusedGptOssAttention)]
@@ -141,4 +147,8 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
     for part in model.modules():
         if isinstance(part, GptOssPreTrainedModel):
             part.set_attn_implementation(interface.NAME)
-    return dict.fromkeys(fresh, FusedGptOssAttention.__name__)
+            part.set_experts_implementation(interface.NAME)
+    for router in routers.values():
+        router.__class__ = FusedGptOssRouter
+    replaced = dict.fromkeys(fresh, FusedGptOssAttention.__name__)
+    return replaced | dict.fromkeys(routers, FusedGptOssRouter.__name__)

@@ -1,10 +1,12 @@
-"""`attn_implementation="medgpt_kernels"` for transformers models, and `patch` for gpt-oss.
+"""attn_implementation and experts_implementation "medgpt_kernels", and `patch` for gpt-oss.
 
-    from medgpt_kernels.integrations.transformers import patch, register
+    from medgpt_kernels.integrations.transformers import load_mxfp4, patch, register
 
     register()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="medgpt_kernels")
-    patch(model)  # gpt-oss: also rotates queries and keys inside attention
+    model = AutoModelForCausalLM.from_pretrained(
+        name, attn_implementation="medgpt_kernels", experts_implementation="medgpt_kernels")
+    patch(model)  # gpt-oss: also rotates queries and keys inside attention, and fuses the router
+    model = load_mxfp4(directory)  # gpt-oss as published, its experts left packed, trainable by LoRA
 
 B rows of S tokens, H query heads, G key and value heads, D head_dim.
 """
@@ -14,10 +16,14 @@ from typing import NoReturn
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from medgpt_kernels.attention.op import attention
+from medgpt_kernels.integrations.moe import add_expert_lora, experts_forward
 from medgpt_kernels.integrations.sequences import Sequences, from_mask, from_positions
 from medgpt_kernels.rotary.tables import Rotary
+
+__all__ = ["add_expert_lora", "load_mxfp4", "patch", "register"]
 
 NAME = "medgpt_kernels"
 
@@ -48,7 +54,9 @@ _EXPRESSIBLE = {
 
 
 def register() -> None:
-    """Make attn_implementation="medgpt_kernels" known to transformers; again is harmless.
+    """Make attn_implementation and experts_implementation="medgpt_kernels" known to transformers.
+
+    Again is harmless. Experts: gpt-oss's and those of SiLU gates (Mixtral, Qwen3-MoE and alike).
 
     It serves every model that goes through transformers' AttentionInterface: grouped heads, sinks,
     sliding windows, vision towers, left and right padding, dynamic KV caches and packed batches.
@@ -63,10 +71,38 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def load_mxfp4(directory, *, dtype: torch.dtype = torch.bfloat16, **options):
+    """A published gpt-oss checkpoint with its experts left in MXFP4, patched.
+
+    The blocks and scales go from the files to the kernels as they are: no dense copy is ever made.
+    gpt-oss may be the text part of a larger model of transformers. `save_pretrained` writes the
+    same bytes again.
+
+    Args:
+        directory: config.json and safetensors files, with quant_method "mxfp4".
+        dtype: of everything but the experts' weights.
+        options: for the model's from_pretrained, such as device_map.
+
+    Returns:
+        The model, in eval mode as from_pretrained leaves it. Experts' weights are frozen, the rest
+        is trainable; `add_expert_lora` adds LoRA pairs.
+
+    Raises:
+        ValueError: another quantisation, or an architecture that transformers does not have.
+    """
+    from medgpt_kernels.integrations import packed
+
+    register()
+    model = packed.load_mxfp4(directory, dtype=dtype, **options)
+    patch(model)
+    return model
 
 
 def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
-    """Put fused rotary and attention into the gpt-oss layers of a model, in place.
+    """Put fused rotary, attention, routing and experts into the gpt-oss layers, in place.
 
     The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay.
 

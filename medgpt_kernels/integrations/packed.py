@@ -1,0 +1,131 @@
+"""Packed gpt-oss checkpoints in transformers: MXFP4 experts stay MXFP4 from file to kernel.
+
+E experts, H hidden, I intermediate.
+"""
+
+import os
+
+import torch
+import transformers
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from medgpt_kernels.integrations.moe import experts_forward
+from medgpt_kernels.mxfp4.op import BLOCK, Mxfp4Tensor
+
+METHOD = "medgpt_kernels_mxfp4"
+
+
+class PackedExperts(torch.nn.Module):
+    """gpt-oss's experts with the names, shapes and bytes of the published checkpoint.
+
+    blocks and scales are frozen; biases train. `gate_up_proj` and `down_proj` are Mxfp4Tensors.
+    """
+
+    is_concatenated, is_transposed, has_bias, has_gate = False, False, True, True
+    _apply_gate = GptOssExperts._apply_gate
+
+    def __init__(self, config, dtype: torch.dtype):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        hidden, inner = config.hidden_size, config.intermediate_size
+        for name, rows, columns in (
+            ("gate_up_proj", 2 * inner, hidden),
+            ("down_proj", hidden, inner),
+        ):
+            if columns % BLOCK:
+                raise ValueError(f"medgpt_kernels: expected sizes in {BLOCK}s, got {columns}")
+            blocks = torch.zeros(self.num_experts, rows, columns // BLOCK, 16, dtype=torch.uint8)
+            parts = {
+                "blocks": blocks,
+                "scales": torch.zeros(blocks.shape[:-1], dtype=torch.uint8),
+                "bias": torch.zeros(self.num_experts, rows, dtype=dtype),
+            }
+            for part, value in parts.items():
+                parameter = torch.nn.Parameter(value, requires_grad=part == "bias")
+                self.register_parameter(f"{name}_{part}", parameter)
+
+    @property
+    def gate_up_proj(self) -> Mxfp4Tensor:
+        return Mxfp4Tensor(self.gate_up_proj_blocks, self.gate_up_proj_scales)
+
+    @property
+    def down_proj(self) -> Mxfp4Tensor:
+        return Mxfp4Tensor(self.down_proj_blocks, self.down_proj_scales)
+
+    def forward(self, hidden_states, router_indices=None, routing_weights=None):
+        return experts_forward(self, hidden_states, router_indices, routing_weights)
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """Carries the checkpoint's own quantization_config, which is what is saved again."""
+
+    def __init__(self, published: dict | None = None, **kwargs):
+        self.quant_method = METHOD
+        self.published = dict(published or {"quant_method": "mxfp4"})
+
+    def to_dict(self) -> dict:
+        return dict(self.published)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Puts PackedExperts where gpt-oss has its experts, before the weights are read."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        for name, module in list(model.named_modules()):
+            if isinstance(module, GptOssExperts):
+                with torch.device(module.down_proj.device):
+                    made = PackedExperts(module.config, module.down_proj.dtype)
+                model.set_submodule(name, made)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def register_packed() -> None:
+    """Make the quantizer known to transformers; again is harmless."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PackedConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(PackedQuantizer)
+
+
+def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloat16, **options):
+    """See integrations.transformers.load_mxfp4."""
+    register_packed()
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    published = getattr(config, "quantization_config", None)
+    if published is None:
+        published = getattr(config.get_text_config(), "quantization_config", None)
+    if not isinstance(published, dict) or published.get("quant_method") != "mxfp4":
+        raise ValueError(
+            f"load_mxfp4: expected a checkpoint of quant_method mxfp4, got {published} in {directory}"
+        )
+    config.quantization_config = PackedConfig(published).__dict__
+    name = (config.architectures or ["GptOssForCausalLM"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(f"load_mxfp4: expected an architecture of transformers, got {name}")
+    return model_class.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        **options,
+    )
