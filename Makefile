@@ -3,7 +3,7 @@ PYTHON ?= python
 THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: install check format test test-slow aot bench bench-save bench-compare memory wheel gpu-report clean
+.PHONY: install check format test test-slow aot bench bench-slow bench-save bench-compare memory wheel gpu-report clean
 
 install:  ## editable, with everything the tests need
 	$(PYTHON) -m pip install -c constraints.txt -e ".[dev]"
@@ -29,6 +29,9 @@ aot:  ## every Triton kernel, every tuned config, every card
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+bench-slow:  ## the cases of a minute and more, the experts' real layer
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only -m slow
 
 bench-save:  ## as bench, and write benchmarks/results/
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result

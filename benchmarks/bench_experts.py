@@ -23,6 +23,7 @@ OURS = harness.our_backends()
 FAST = tuple(n for n in OURS if n != harness.BASELINE)  # where the reference takes seconds
 FP32, BF16 = torch.float32, torch.bfloat16
 DENSE = (*FAST, "eager", "grouped_mm")
+SLOW = {"mxfp4_fwdbwd_T512", "dense_fwd_T2048", "dense_fwdbwd_T512", "dense_fwd_T8_bf16"}  # minutes
 # tokens, dtype of x, packed weights, backward, contenders
 CASES = {
     "mxfp4_fwd_T1": (1, FP32, True, None, DENSE),
@@ -201,7 +202,12 @@ def build(*, case, short, device) -> harness.Group:
 
 
 @pytest.mark.parametrize(
-    ("case", "contender"), [(case, name) for case, (*_, names) in CASES.items() for name in names]
+    ("case", "contender"),
+    [
+        pytest.param(case, name, marks=[pytest.mark.slow] if case in SLOW else [])
+        for case, (*_, names) in CASES.items()
+        for name in names
+    ],
 )
 def bench_experts(case, contender, timed, short, device):
     timed(partial(build, case=case, short=short, device=device), case, contender)

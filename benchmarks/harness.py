@@ -152,26 +152,43 @@ def _kind(name: str, contender: Contender | None) -> str:
     return "bound" if contender is not None and contender.is_bound else "peer"
 
 
-def _prepare(group: Group, names: Sequence[str]) -> tuple[dict[str, Contender], dict[str, Outcome]]:
+class Ready(NamedTuple):
+    """A contender that gave right outputs, and how long that first call took."""
+
+    contender: Contender
+    seconds: float
+
+
+def _prepare(group: Group, names: Sequence[str]) -> tuple[dict[str, Ready], dict[str, Outcome]]:
     """Build each contender and let it through only if its outputs on this very input are right."""
     ready, outcomes = {}, {}
     truth = group.truth()
     eager = group.contenders[BASELINE]()
-    eager_outputs = {n: t.clone() for n, t in eager.outputs(eager.run()).items()}
+    eager_outputs, eager_seconds = _first_call(eager)
+    eager_outputs = {n: t.clone() for n, t in eager_outputs.items()}
     for name in names:
         contender, outcome = None, Outcome(_kind(name, None))
         try:
-            contender = group.contenders[name]()
+            if name == BASELINE:
+                contender, outputs, seconds = eager, eager_outputs, eager_seconds
+            else:
+                contender = group.contenders[name]()
+                outputs, seconds = _first_call(contender)
             outcome = Outcome(_kind(name, contender))
-            outputs = {} if contender.is_bound else contender.outputs(contender.run())
             check(name, outputs, eager_outputs, truth, group.peer_bound)
-            ready[name] = contender
+            ready[name] = Ready(contender, seconds)
         except Unavailable as reason:
             outcome.skipped = str(reason)
         except Exception as error:
             outcome.refused = f"{type(error).__name__}: {error}"
         outcomes[name] = outcome
     return ready, outcomes
+
+
+def _first_call(contender: Contender) -> tuple[Outputs, float]:
+    begin = time.perf_counter()
+    made = contender.run()
+    return {} if contender.is_bound else contender.outputs(made), time.perf_counter() - begin
 
 
 def measure(group: Group, names: Sequence[str], rounds: int, slow_rounds: int) -> Measured:
@@ -184,8 +201,11 @@ def measure(group: Group, names: Sequence[str], rounds: int, slow_rounds: int) -
     roofs = roofline.measure(str(group.device))
     ready, outcomes = _prepare(group, names)
     left, repeated = {}, set()
-    for name, contender in ready.items():
-        for _ in range(contender.warmups):
+    for name, (contender, first) in ready.items():
+        # the checked call has warmed up what is slow for its own size
+        slow = first >= SLOW_SECONDS and contender.warmups == 1
+        seconds = first
+        for _ in range(0 if slow else contender.warmups):
             seconds = roofline.time_call(contender.run, group.device)
         left[name] = rounds if seconds < SLOW_SECONDS else slow_rounds
         if seconds < REPEATED_SECONDS:
@@ -195,8 +215,9 @@ def measure(group: Group, names: Sequence[str], rounds: int, slow_rounds: int) -
         due = [name for name in ready if left[name] > r]
         for name in due if r % 2 == 0 else due[::-1]:
             if name in repeated:
-                ready[name].run()
-            outcomes[name].times.append(roofline.time_call(ready[name].run, group.device))
+                ready[name].contender.run()
+            run = ready[name].contender.run
+            outcomes[name].times.append(roofline.time_call(run, group.device))
     return Measured(group.name, group.cost, group.dtype, roofs, outcomes)
 
 

@@ -91,3 +91,11 @@ def test_measure_on_a_gpu_waits_for_the_work():
     roofs = roofline.measure("cuda")
     assert 10 < roofs.copy_gbs < 20_000
     assert roofs.gemm_gflops[torch.bfloat16] > roofs.gemm_gflops[torch.float32]
+
+
+def test_a_second_measurement_raises_roofs_only():
+    low, high = (roofline.Roofs(x, {torch.float32: x}) for x in (1e-3, 1e9))
+    assert roofline.measure_again(high) == high
+    raised = roofline.measure_again(low)
+    assert raised.copy_gbs > 1e-3
+    assert raised.gemm_gflops[torch.float32] > 1e-3

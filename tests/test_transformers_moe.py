@@ -95,9 +95,8 @@ def test_notices_wrong_experts(wrong, monkeypatch):
             with torch.no_grad():
                 layer.gate_up_proj_bias[:, 1::2] -= 1
         elif wrong == "halves":
-            right = moe.gate_of(layer)
-            wrong_options = right | {"gate_up_layout": "concatenated"}
-            monkeypatch.setattr(moe, "gate_of", lambda module: wrong_options)
+            options = moe.gate_of(layer) | {"gate_up_layout": "concatenated"}
+            monkeypatch.setattr(moe, "gate_of", lambda module, options=options: options)
         else:
             with torch.no_grad():
                 layer.down_proj[-1] = 0

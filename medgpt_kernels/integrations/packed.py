@@ -114,7 +114,8 @@ def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloa
         published = getattr(config.get_text_config(), "quantization_config", None)
     if not isinstance(published, dict) or published.get("quant_method") != "mxfp4":
         raise ValueError(
-            f"load_mxfp4: expected a checkpoint of quant_method mxfp4, got {published} in {directory}"
+            f"load_mxfp4: expected a checkpoint of quant_method mxfp4, got {published} in "
+            f"{directory}"
         )
     config.quantization_config = PackedConfig(published).__dict__
     name = (config.architectures or ["GptOssForCausalLM"])[0]

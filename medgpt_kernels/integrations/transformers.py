@@ -6,7 +6,7 @@
     model = AutoModelForCausalLM.from_pretrained(
         name, attn_implementation="medgpt_kernels", experts_implementation="medgpt_kernels")
     patch(model)  # gpt-oss: also rotates queries and keys inside attention, and fuses the router
-    model = load_mxfp4(directory)  # gpt-oss as published, its experts left packed, trainable by LoRA
+    model = load_mxfp4(directory)  # gpt-oss as published, its experts left packed
 
 B rows of S tokens, H query heads, G key and value heads, D head_dim.
 """
