@@ -70,7 +70,7 @@ def measure(device: str = "cpu") -> Roofs:
 
 
 def measure_again(roofs: Roofs, device: str = "cpu") -> Roofs:
-    """The higher of `roofs` and of a second measurement: something may have run beside the first."""
+    """The higher of `roofs` and a second measurement: something may have run beside the first."""
     again = measure.__wrapped__(device)
     gemm = {k: max(v, again.gemm_gflops[k]) for k, v in roofs.gemm_gflops.items()}
     return Roofs(max(roofs.copy_gbs, again.copy_gbs), gemm)
