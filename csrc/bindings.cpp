@@ -248,6 +248,99 @@ void bind_experts(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::arg("d_down"), py::arg("d_down_bias"), py::arg("d_gate_up_a"), py::arg("d_gate_up_b"),
       py::arg("d_down_a"), py::arg("d_down_b"), py::call_guard<py::gil_scoped_release>());
 }
+
+RoutingProblem make_routing_problem(int64_t tokens, int64_t hidden, int64_t experts, int64_t topk,
+                                    int scoring, bool renormalize) {
+  return {tokens, hidden, experts, topk, scoring, renormalize};
+}
+
+RoutingOrder make_order(Address hist, Address offs, Address gather, Address scatter) {
+  return {at<int32_t>(hist), at<int32_t>(offs), at<int32_t>(gather), at<int32_t>(scatter)};
+}
+
+void bind_routing(py::module_& m, py::class_<CpuKernels>& cpu) {
+  py::class_<RoutingProblem>(m, "RoutingProblem")
+      .def(py::init(&make_routing_problem), py::kw_only(), py::arg("tokens"), py::arg("hidden"),
+           py::arg("experts"), py::arg("topk"), py::arg("scoring"), py::arg("renormalize"));
+  cpu.def(
+      "routing_fwd",
+      [](const CpuKernels& kernels, const RoutingProblem& problem, int dtype, Address x,
+         Address weight, int64_t x_stride, Address bias, Address correction_bias, Address given_ids,
+         Address logits, Address topk_weights, Address topk_ids, Address hist, Address offs,
+         Address gather, Address scatter) {
+        kernels.routing_fwd(problem,
+                            {static_cast<DType>(dtype), at<void>(x), at<void>(weight), x_stride,
+                             at<float>(bias), at<float>(correction_bias), at<int32_t>(given_ids),
+                             at<float>(logits), at<float>(topk_weights), at<int32_t>(topk_ids),
+                             make_order(hist, offs, gather, scatter)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("dtype"), py::arg("x"), py::arg("weight"),
+      py::arg("x_stride"), py::arg("bias"), py::arg("correction_bias"), py::arg("given_ids"),
+      py::arg("logits"), py::arg("topk_weights"), py::arg("topk_ids"), py::arg("hist"),
+      py::arg("offs"), py::arg("gather"), py::arg("scatter"),
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "routing_sort",
+      [](const CpuKernels& kernels, Address ids, int64_t tokens, int64_t topk, int64_t experts,
+         Address hist, Address offs, Address gather, Address scatter) {
+        kernels.routing_sort(at<int32_t>(ids), tokens, topk, experts,
+                             make_order(hist, offs, gather, scatter));
+      },
+      py::kw_only(), py::arg("ids"), py::arg("tokens"), py::arg("topk"), py::arg("experts"),
+      py::arg("hist"), py::arg("offs"), py::arg("gather"), py::arg("scatter"),
+      py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "routing_bwd",
+      [](const CpuKernels& kernels, const RoutingProblem& problem, int dtype, Address x,
+         Address weight, int64_t x_stride, Address d_topk_weights, Address d_logits,
+         Address topk_weights, Address logits, Address topk_ids, Address d_x, Address d_weight,
+         Address d_bias) {
+        kernels.routing_bwd(
+            problem, {static_cast<DType>(dtype), at<void>(x), at<void>(weight), x_stride,
+                      at<float>(d_topk_weights), at<float>(d_logits), at<float>(topk_weights),
+                      at<float>(logits), at<int32_t>(topk_ids), at<void>(d_x), at<void>(d_weight),
+                      at<float>(d_bias)});
+      },
+      py::kw_only(), py::arg("problem"), py::arg("dtype"), py::arg("x"), py::arg("weight"),
+      py::arg("x_stride"), py::arg("d_topk_weights"), py::arg("d_logits"), py::arg("topk_weights"),
+      py::arg("logits"), py::arg("topk_ids"), py::arg("d_x"), py::arg("d_weight"),
+      py::arg("d_bias"), py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "routing_logits_bwd",
+      [](const CpuKernels& kernels, const RoutingProblem& problem, Address d_topk_weights,
+         Address topk_weights, Address logits, Address topk_ids, Address d_logits) {
+        RoutingBackward backward{};
+        backward.d_topk_weights = at<float>(d_topk_weights);
+        backward.topk_weights = at<float>(topk_weights);
+        backward.logits = at<float>(logits);
+        backward.topk_ids = at<int32_t>(topk_ids);
+        kernels.routing_logits_bwd(problem, backward, at<float>(d_logits));
+      },
+      py::kw_only(), py::arg("problem"), py::arg("d_topk_weights"), py::arg("topk_weights"),
+      py::arg("logits"), py::arg("topk_ids"), py::arg("d_logits"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_mxfp4(py::class_<CpuKernels>& cpu) {
+  cpu.def(
+      "mxfp4_quantize",
+      [](const CpuKernels& kernels, int dtype, Address w, int64_t count, Address blocks,
+         Address scales) {
+        kernels.mxfp4_quantize(static_cast<DType>(dtype), at<void>(w), count, at<uint8_t>(blocks),
+                               at<uint8_t>(scales));
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("w"), py::arg("count"), py::arg("blocks"),
+      py::arg("scales"), py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "mxfp4_dequantize",
+      [](const CpuKernels& kernels, int dtype, Address blocks, Address scales, int64_t count,
+         Address out) {
+        kernels.mxfp4_dequantize(static_cast<DType>(dtype), at<uint8_t>(blocks),
+                                 at<uint8_t>(scales), count, at<void>(out));
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("blocks"), py::arg("scales"), py::arg("count"),
+      py::arg("out"), py::call_guard<py::gil_scoped_release>());
+}
 }  // namespace
 
 PYBIND11_MODULE(_c, m) {
@@ -269,6 +362,8 @@ PYBIND11_MODULE(_c, m) {
   bind_rotary(cpu);
   bind_attention(m, cpu);
   bind_experts(m, cpu);
+  bind_routing(m, cpu);
+  bind_mxfp4(cpu);
   m.def(
       "open_cpu",
       [](const std::string& path) { return open_library<CpuKernels>(path, "medgpt_cpu_kernels"); },

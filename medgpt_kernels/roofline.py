@@ -166,3 +166,36 @@ def patch_embed_cost(
     if backward and d_pixels:
         cost += Cost(pixels + depth * width * dtype.itemsize, products)
     return cost
+
+
+def experts_cost(
+    tokens: int,
+    topk: int,
+    hit: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    backward: str | None = None,
+) -> Cost:
+    """The cost of a layer of experts forward, or of its backward alone.
+
+    Forward: the weights of experts that have tokens and x are read once, y is written once.
+    Backward: the weights and d_y are read, d_x is written; "trainable" also writes a gradient as
+    large as the weights, and reads x. What a forward keeps for its backward is not counted.
+
+    Args:
+        hit: experts that have tokens, summed over calls.
+        dtype: of x and of dense weights.
+        packed: MXFP4 weights, 17 bytes for 32 values.
+        backward: None, "frozen" or "trainable".
+    """
+    weights = 3 * hit * hidden * intermediate
+    weight_bytes = weights * 17 // 32 if packed else weights * dtype.itemsize
+    products = 6 * tokens * topk * hidden * intermediate
+    row_bytes = tokens * hidden * dtype.itemsize
+    cost = Cost(weight_bytes + 2 * row_bytes, products)
+    if backward == "trainable":
+        cost += Cost(weight_bytes + row_bytes, products)
+    return cost

@@ -90,8 +90,34 @@ def attention(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
     return _with_gradients({"out": out, "lse": lse}, inputs, dtype)
 
 
+def experts(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
+    """A layer on packed weights with LoRA, then one on dense weights: y and gradients of both."""
+    g = torch.Generator().manual_seed(0)
+    topk_ids = torch.rand(61, 8, generator=g).argsort(1)[:, :4].to(device)
+    shapes = {"x": (61, 64), "gate_up_proj_bias": (8, 192), "down_proj_bias": (8, 64)}
+    dense_shapes = {"gate_up_proj": (8, 64, 192), "down_proj": (8, 96, 64)}
+    lora_shapes = {"a": (8, 4, 64), "b": (8, 192, 4), "c": (8, 4, 96), "d": (8, 64, 4)}
+    inputs = _leaves(device, dtype, compute, **shapes, **dense_shapes, **lora_shapes)
+    x, up_bias, bias, up, down, *lora = inputs.values()
+    wide = torch.promote_types(compute, torch.float32)
+    topk_weights = torch.rand(61, 4, generator=g).to(device, wide).requires_grad_()
+    data = mk.routing_from_topk(topk_ids, topk_weights, 8)
+    packed = [
+        mk.mxfp4_quantize(torch.randn(8, *shape, generator=g)).to(device)
+        for shape in ((192, 64), (64, 96))
+    ]
+    outputs = {
+        "packed": mk.experts(
+            x * 0.1, data, packed[0], up_bias, packed[1], bias, lora=mk.ExpertLora(*lora)
+        ),
+        "dense": mk.experts(x * 0.1, data, up, up_bias, down, bias),
+    }
+    return _with_gradients(outputs, {**inputs, "topk_weights": topk_weights}, dtype)
+
+
 OPS: dict[str, Callable[[str, torch.dtype, torch.dtype], Outputs]] = {
     "attention": attention,
+    "experts": experts,
     "patch_embed": patch_embed,
     "rotary": rotary,
 }

@@ -20,6 +20,9 @@ SHARED_NATIVE = {
         "buffer.h",
         "dispatch.h",
         "vmath.h",
+        "grouped_gemm.h",
+        "grouped_gemm.cpp",
+        "mxfp4_decode.h",
     },
     "cuda": {"kernels.h", "library.cu", "probe.cu"},
 }

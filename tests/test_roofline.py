@@ -60,6 +60,19 @@ def test_measure_small(monkeypatch):
     assert all(rate > 0 for rate in roofs.gemm_gflops.values())
 
 
+def test_experts_cost():
+    """6 products of tokens x topk x H x I; 17 bytes for 32 packed weights; each backward twice."""
+    dense = roofline.experts_cost(10, 4, 7, 64, 32)
+    assert dense.flops == 6 * 10 * 4 * 64 * 32
+    assert dense.bytes == 7 * 3 * 64 * 32 * 4 + 2 * 10 * 64 * 4
+    packed = roofline.experts_cost(10, 4, 7, 64, 32, packed=True)
+    assert packed.bytes == 7 * 3 * 64 * 32 * 17 // 32 + 2 * 10 * 64 * 4
+    assert roofline.experts_cost(10, 4, 7, 64, 32, backward="frozen") == dense
+    trained = roofline.experts_cost(10, 4, 7, 64, 32, backward="trainable")
+    assert trained.flops == 2 * dense.flops
+    assert trained.bytes == 2 * dense.bytes - 10 * 64 * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_measure_on_a_gpu_waits_for_the_work():

@@ -35,12 +35,16 @@ void load_bias(const T* bias, const Tile& t, int64_t width, float* out) {
 }
 
 template <typename T>
-void store_floats(T* out, const float* in, int64_t count) {
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) store(out + n, load(in + n));
-  if (n < count) {
-    int rest = static_cast<int>(count - n);
-    store_partial(out + n, load_partial(in + n, rest), rest);
+void keep_row(const Problem& p, T* out, const float* in, int64_t count) {
+  vf limit = splat(p.limit);
+  for (int64_t n = 0; n < count; n += kLanes) {
+    int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
+    vf v = live == kLanes ? load(in + n) : load_partial(in + n, live);
+    if (!p.plain) v = -keep_side<T>(-keep_side<T>(v, limit), limit);
+    if (live == kLanes)
+      store(out + n, v);
+    else
+      store_partial(out + n, v, live);
   }
 }
 
@@ -58,7 +62,7 @@ void finish_gate_up(const Problem& p, const Tile& t, const T* bias, T* pre, floa
       int64_t at = t.columns.at[part], count = t.columns.count;
       for (int64_t n = 0; n < count; n++) c[at + n] += start[at + n];
       if (pre != nullptr)
-        store_floats(pre + (t.row + r) * width + t.columns.begin[part], c + at, count);
+        keep_row(p, pre + (t.row + r) * width + t.columns.begin[part], c + at, count);
     }
     float* out = hidden + (t.row + r) * p.intermediate + first;
     for (int64_t j = 0; j < pairs; j += kLanes) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "buffer.h"
 #include "grouped_gemm.h"
@@ -49,7 +50,10 @@ inline void plain_product(const Problem& p, const Rows& a, const Stack& b, float
   });
 }
 
-inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp_small(-max_or_nan(splat(-87.0f), x))); }
+inline vf sigmoid(vf x) {
+  vf t = x > 87.0f ? splat(87.0f) : max_or_nan(splat(-87.0f), x);
+  return 1.0f / (1.0f + exp_near(-t));
+}
 
 struct Gate {  // the activation and its slopes at one place
   vf value, d_gate, d_up;
@@ -66,6 +70,18 @@ inline Gate activate(const Problem& p, vf gate, vf up) {
   vf zero = {};
   return {(u + 1.0f) * (g * s), gate <= limit ? slope : zero,
           (up <= limit) & (up >= -limit) ? g * s : zero};
+}
+
+// v such that rounding it to T leaves it on its side of `limit`, or the saved pre-activation would
+// block another gradient than the true one. It moves by a unit in the last place at most.
+template <typename T>
+inline vf keep_side(vf v, vf limit) {
+  if constexpr (sizeof(T) == 4) return v;
+  T narrow[kLanes];
+  store(narrow, v);
+  constexpr float kStep = std::is_same_v<T, bf16> ? 0x1p-8f : 0x1p-11f;
+  vi above = v > limit, stays = load(narrow) > limit;
+  return above == stays ? v : above != 0 ? v * (1 + kStep) : v * (1 - kStep);
 }
 
 // out [T, H] in dtype T = each token's sum of its rows [S, H], times weights [T, K] unless null.

@@ -143,15 +143,14 @@ void pack_weights(const Matrix& b, int64_t k0, int64_t depth, const Columns& col
   }
 }
 
-// c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR]
-template <int MR>
+// c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR], summed in steps
+template <int MR, int64_t STEP = kDepthStep>
 void multiply_panels(int64_t depth, const float* a, const float* b, float* c, int64_t stride,
                      bool first) {
   vf acc[MR][kNV] = {};
-  for (int64_t k = 0; k < depth; k += kDepthStep) {
+  for (int64_t k = 0; k < depth; k += STEP) {
     vf part[MR][kNV] = {};
-    micro_kernel<MR, kNV>(std::min(kDepthStep, depth - k), a + k * kMR, kMR, b + k * kNR, kNR,
-                          part);
+    micro_kernel<MR, kNV>(std::min(STEP, depth - k), a + k * kMR, kMR, b + k * kNR, kNR, part);
     for (int m = 0; m < MR; m++)
       for (int n = 0; n < kNV; n++) acc[m][n] += part[m][n];
   }
@@ -454,6 +453,7 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
 
 namespace {
 constexpr int64_t kOuterRows = 240, kOuterColumns = 480, kOuterDepth = 512;
+constexpr int64_t kRowStep = 32;  // gradients of one sign add up over an expert's rows
 
 // Columns [begin, begin + count) of rows as panels [c / size][row][size], zero-padded.
 void pack_slices(const Rows& rows, int64_t row, int64_t depth, int64_t begin, int64_t count,
@@ -504,8 +504,8 @@ void outer(const int32_t* offs, int64_t experts, const Rows& a, const Rows& b, f
         pack_slices(b, s, depth, n0, n_count, kNR, line.get(), pb.get());
         for (int64_t n = 0; n < n_count; n += kNR)
           for (int64_t m = 0; m < m_count; m += kMR)
-            multiply_panels<kMR>(depth, pa.get() + m * depth, pb.get() + n * depth,
-                                 c.get() + m * columns + n, columns, s == offs[e]);
+            multiply_panels<kMR, kRowStep>(depth, pa.get() + m * depth, pb.get() + n * depth,
+                                           c.get() + m * columns + n, columns, s == offs[e]);
       }
       with_dtype(dtype, [&](auto tag) {
         using T = decltype(tag);
@@ -525,9 +525,9 @@ void column_sums(const int32_t* offs, int64_t experts, const Rows& a, DType dtyp
 #pragma omp for schedule(dynamic)
     for (int64_t e = 0; e < experts; e++) {
       std::fill_n(total.get(), padded, 0.0f);
-      for (int64_t s = offs[e]; s < offs[e + 1]; s += kDepthStep) {  // long sums in steps
+      for (int64_t s = offs[e]; s < offs[e + 1]; s += kRowStep) {
         std::fill_n(part.get(), padded, 0.0f);
-        for (int64_t i = s; i < std::min<int64_t>(s + kDepthStep, offs[e + 1]); i++) {
+        for (int64_t i = s; i < std::min<int64_t>(s + kRowStep, offs[e + 1]); i++) {
           read_row(a, i, 0, a.width, line.get());
           for (int64_t n = 0; n < a.width; n++) part[n] += line[n];
         }

@@ -120,6 +120,46 @@ struct ExpertsBackward {
 void experts_fwd(const ExpertsProblem&, const ExpertsForward&);
 void experts_bwd(const ExpertsProblem&, const ExpertsBackward&);
 
+// T tokens, H hidden, E experts, K topk.
+struct RoutingProblem {
+  int64_t tokens, hidden, experts, topk;
+  int scoring;  // 0 topk_softmax, 1 softmax_topk, 2 sigmoid
+  bool renormalize;
+};
+struct RoutingOrder {
+  int32_t *expert_hist, *expert_offs, *gather_indices, *scatter_indices;
+};
+struct RoutingForward {
+  DType dtype;             // of x and weight
+  const void *x, *weight;  // [T, H] with rows x_stride apart, [E, H]; null: the logits are given
+  int64_t x_stride;
+  const float *bias, *correction_bias;  // [E] or null
+  const int32_t* given_ids;             // [T, K] or null
+  float *logits, *topk_weights;         // [T, E], [T, K]
+  int32_t* topk_ids;                    // [T, K]
+  RoutingOrder order;
+};
+struct RoutingBackward {
+  DType dtype;  // of x, weight, d_x, d_weight
+  const void *x, *weight;
+  int64_t x_stride;
+  const float *d_topk_weights, *d_logits;  // null: none
+  const float *topk_weights, *logits;
+  const int32_t* topk_ids;
+  void *d_x, *d_weight;  // null: not wanted
+  float* d_bias;
+};
+void routing_fwd(const RoutingProblem&, const RoutingForward&);
+void routing_sort(const int32_t* ids, int64_t tokens, int64_t topk, int64_t experts,
+                  const RoutingOrder&);
+void routing_bwd(const RoutingProblem&, const RoutingBackward&);
+void routing_logits_bwd(const RoutingProblem&, const RoutingBackward&, float* d_logits);
+
+// count blocks of 32 values, contiguous: 16 bytes and a scale each
+void mxfp4_quantize(DType dtype, const void* in, int64_t count, uint8_t* blocks, uint8_t* scales);
+void mxfp4_dequantize(DType dtype, const uint8_t* blocks, const uint8_t* scales, int64_t count,
+                      void* out);
+
 // out[i] = 2^in[i], n a multiple of the vector's length; for its accuracy test
 void exp2_all(const float* in, float* out, int64_t n);
 
@@ -139,4 +179,10 @@ struct CpuKernels {
   decltype(&::attention_bwd) attention_bwd;
   decltype(&::experts_fwd) experts_fwd;
   decltype(&::experts_bwd) experts_bwd;
+  decltype(&::routing_fwd) routing_fwd;
+  decltype(&::routing_sort) routing_sort;
+  decltype(&::routing_bwd) routing_bwd;
+  decltype(&::routing_logits_bwd) routing_logits_bwd;
+  decltype(&::mxfp4_quantize) mxfp4_quantize;
+  decltype(&::mxfp4_dequantize) mxfp4_dequantize;
 };

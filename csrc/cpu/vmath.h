@@ -26,6 +26,14 @@ inline vf exp2_small(vf x) {
 // e^x from the above; rounding x log2(e) adds up to |x| / 2 ulp.
 inline vf exp_small(vf x) { return exp2_small(x * 1.44269504088896340736f); }
 
+// e^x within 2 ulp for x in [-87, 87]: the multiple of ln 2 is taken off in two parts.
+inline vf exp_near(vf x) {
+  constexpr float kShift = 12582912.0f + 127.0f;
+  vf shifted = x * 1.44269504088896340736f + kShift, n = shifted - kShift;
+  vf rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  return exp2_small(rest * 1.44269504088896340736f) * bit_cast<vf>(bit_cast<vu>(shifted) << 23);
+}
+
 // x, opaque to the compiler: a product is rounded here instead of fused with what follows.
 inline vf rounded(vf x) {
 #if defined(__x86_64__)

@@ -116,83 +116,80 @@ def experts(
     return y
 
 
-def _check(x, routing_data, gate_up, gate_up_bias, down, down_bias, weight_layout, lora) -> None:
-    def expect(condition, expected, got):
-        if not condition:
-            raise ValueError(f"experts: expected {expected}, got {got}")
+def _fail(expected, got) -> None:
+    raise ValueError(f"experts: expected {expected}, got {got}")
 
-    expect(
-        x.ndim == 2 and x.dtype.is_floating_point, "float x [T, H]", f"{x.dtype} {list(x.shape)}"
-    )
-    tokens, hidden = x.shape
-    packed = isinstance(gate_up, Mxfp4Tensor)
-    blocks = (gate_up.blocks, down.blocks) if packed else (gate_up, down)
-    shapes = f"{list(blocks[0].shape)} and {list(blocks[1].shape)}"
-    if packed:
-        check_mxfp4("experts", gate_up)
-        check_mxfp4("experts", down)
-        expect(gate_up.ndim == down.ndim == 3, "MXFP4 weights of three dimensions", shapes)
-        num_experts, width, inner = gate_up.shape
-        down_shape = tuple(down.shape)
-    else:
-        expect(all(w.ndim == 3 for w in blocks), "weights of three dimensions", shapes)
-        in_out = weight_layout == "in_out"
-        num_experts, inner, width = blocks[0].shape if in_out else blocks[0].mT.shape
-        down_shape = tuple(blocks[1].mT.shape if in_out else blocks[1].shape)
-        expect(
-            all(w.dtype == x.dtype for w in blocks),
-            f"dense weights of x's {x.dtype}",
-            f"{blocks[0].dtype} and {blocks[1].dtype}",
-        )
-    expect(
-        inner == hidden and width % 2 == 0 and down_shape == (num_experts, hidden, width // 2),
-        f"{'MXFP4' if packed else weight_layout} weights from {hidden} to 2 I and from I to "
-        f"{hidden} of one number of experts",
-        shapes,
-    )
-    topk_weights = routing_data.topk_weights
-    expect(
-        topk_weights.ndim == 2
-        and topk_weights.shape[0] == tokens
-        and topk_weights.dtype in (torch.float32, torch.float64),
-        f"float32 topk_weights [{tokens}, K]",
-        f"{topk_weights.dtype} {list(topk_weights.shape)}",
-    )
-    rows = tokens * topk_weights.shape[1]
-    for name, length in (
-        ("expert_offs", num_experts + 1), ("gather_indices", rows), ("scatter_indices", rows),
-    ):  # fmt: skip
-        t = getattr(routing_data, name)
-        expect(
-            t.dtype == torch.int32 and tuple(t.shape) == (length,),
-            f"{name} int32 [{length}]",
-            f"{t.dtype} {list(t.shape)}",
-        )
+
+# Messages are made only when they are needed: a size in a string would fix it in a compiled graph.
+def _check(x, routing_data, gate_up, gate_up_bias, down, down_bias, weight_layout, lora) -> None:
+    if x.ndim != 2 or not x.dtype.is_floating_point:
+        _fail("float x [T, H]", f"{x.dtype} {list(x.shape)}")
+    num_experts, width = _check_weights(x, gate_up, down, weight_layout)
+    _check_routing(x, routing_data, num_experts)
     optional = {
         "gate_up_proj_bias": (gate_up_bias, (num_experts, width)),
-        "down_proj_bias": (down_bias, (num_experts, hidden)),
+        "down_proj_bias": (down_bias, (num_experts, x.shape[1])),
     }
-    for name, inputs, outputs in (("gate_up", hidden, width), ("down", width // 2, hidden)):
+    for name, inputs, outputs in (("gate_up", x.shape[1], width), ("down", width // 2, x.shape[1])):
         a, b = getattr(lora, f"{name}_a"), getattr(lora, f"{name}_b")
-        expect(
-            (a is None) == (b is None), f"lora's {name}_a and {name}_b both or neither", "one only"
-        )
+        if (a is None) != (b is None):
+            _fail(f"lora's {name}_a and {name}_b both or neither", "one only")
         if a is not None:
-            expect(a.ndim == 3, f"lora's {name}_a [{num_experts}, R, {inputs}]", list(a.shape))
-            optional[f"lora's {name}_a"] = (a, (num_experts, a.shape[1], inputs))
-            optional[f"lora's {name}_b"] = (b, (num_experts, outputs, a.shape[1]))
+            rank = a.shape[1] if a.ndim == 3 else 0
+            optional[f"lora's {name}_a"] = (a, (num_experts, rank, inputs))
+            optional[f"lora's {name}_b"] = (b, (num_experts, outputs, rank))
     for name, (t, shape) in optional.items():
-        if t is not None:
-            expect(
-                tuple(t.shape) == shape and t.dtype.is_floating_point,
-                f"float {name} {list(shape)}",
-                f"{t.dtype} {list(t.shape)}",
-            )
-    others = [topk_weights, routing_data.expert_offs, routing_data.gather_indices]
-    others += [routing_data.scatter_indices, *blocks, *(t for t, _ in optional.values())]
-    for t in others:
-        if t is not None:
-            expect(t.device == x.device, f"every tensor on x's {x.device}", t.device)
+        if t is not None and (tuple(t.shape) != shape or not t.dtype.is_floating_point):
+            _fail(f"float {name} {list(shape)}", f"{t.dtype} {list(t.shape)}")
+    packed = isinstance(gate_up, Mxfp4Tensor)
+    others = [*routing_data[:1], *(getattr(routing_data, n) for n in _INDICES)]
+    others += [*gate_up, *down] if packed else [gate_up, down]
+    for t in (*others, *(t for t, _ in optional.values())):
+        if t is not None and t.device != x.device:
+            _fail(f"every tensor on x's {x.device}", t.device)
+
+
+_INDICES = ("expert_offs", "gather_indices", "scatter_indices")
+
+
+def _check_weights(x, gate_up, down, weight_layout) -> tuple[int, int]:
+    """E and 2 I."""
+    if gate_up.ndim != 3 or down.ndim != 3:
+        _fail("weights of three dimensions", f"{list(gate_up.shape)} and {list(down.shape)}")
+    if isinstance(gate_up, Mxfp4Tensor):
+        check_mxfp4("experts", gate_up)
+        check_mxfp4("experts", down)
+        kind = "MXFP4"
+    else:
+        kind = weight_layout
+        if gate_up.dtype != x.dtype or down.dtype != x.dtype:
+            _fail(f"dense weights of x's {x.dtype}", f"{gate_up.dtype} and {down.dtype}")
+    (num_experts, width, inner), down_shape = gate_up.shape, tuple(down.shape)
+    if kind == "in_out":
+        width, inner = inner, width
+        down_shape = (down_shape[0], down_shape[2], down_shape[1])
+    hidden = x.shape[1]
+    if inner != hidden or width % 2 or down_shape != (num_experts, hidden, width // 2):
+        _fail(
+            f"{kind} weights from {hidden} to 2 I and from I to {hidden}, of as many experts",
+            f"{list(gate_up.shape)} and {list(down.shape)}",
+        )
+    return num_experts, width
+
+
+def _check_routing(x, routing_data, num_experts) -> None:
+    topk_weights = routing_data.topk_weights
+    wide = topk_weights.dtype in (torch.float32, torch.float64)
+    if topk_weights.ndim != 2 or topk_weights.shape[0] != x.shape[0] or not wide:
+        _fail(
+            f"float32 topk_weights [{x.shape[0]}, K]",
+            f"{topk_weights.dtype} {list(topk_weights.shape)}",
+        )
+    rows = topk_weights.shape[0] * topk_weights.shape[1]
+    for name, length in zip(_INDICES, (num_experts + 1, rows, rows), strict=True):
+        t = getattr(routing_data, name)
+        if t.dtype != torch.int32 or t.ndim != 1 or t.shape[0] != length:
+            _fail(f"{name} int32 [{length}]", f"{t.dtype} {list(t.shape)}")
 
 
 def _intermediate(down_proj, down_scales, weight_layout):

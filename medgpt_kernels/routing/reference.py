@@ -35,8 +35,19 @@ def chosen_weights(logits, topk_ids, scoring, renormalize):
     return weights
 
 
+def check_ids(topk_ids, num_experts):
+    """Values, where reading them waits for no device."""
+    if topk_ids.device.type == "cpu" and topk_ids.numel():
+        low, high = topk_ids.aminmax()
+        if low < 0 or high >= num_experts:
+            raise ValueError(
+                f"routing: expected topk_ids in 0 ... {num_experts - 1}, got {low} ... {high}"
+            )
+
+
 def routing_sort(topk_ids, num_experts):
     """hist [E], offs = [0] + cumsum(hist), and the stable order by expert with its inverse."""
+    check_ids(topk_ids, num_experts)
     flat = topk_ids.flatten().long()
     hist = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
     offs = torch.cat([hist.new_zeros(1), hist.cumsum(0)])
@@ -50,6 +61,7 @@ def routing_logits_fwd(logits, correction_bias, topk_ids, topk, scoring, renorma
         raise ValueError("routing: expected logits without NaN, got NaN")
     if topk_ids is None:
         topk_ids = choose(logits, correction_bias, topk, scoring)
+    check_ids(topk_ids, logits.shape[1])
     topk_ids = topk_ids.long()
     weights = chosen_weights(logits, topk_ids, scoring, renormalize)
     return weights, topk_ids.to(torch.int32), *routing_sort(topk_ids, logits.shape[1])

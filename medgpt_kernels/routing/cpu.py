@@ -1,0 +1,147 @@
+"""Routing on the CPU: launchers of csrc/cpu/routing.cpp and routing_bwd.cpp."""
+
+import torch
+
+from medgpt_kernels import native
+from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.registry import Unsupported
+
+native.cpu()
+SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
+
+
+def _rows(x):
+    """x itself where its rows are contiguous, however far apart."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _fp32(t):
+    return t if t is None else t.to(torch.float32).contiguous()
+
+
+def _problem(logits, hidden, topk, scoring, renormalize):
+    return native.problem(
+        "RoutingProblem",
+        tokens=logits.shape[0],
+        hidden=hidden,
+        experts=logits.shape[1],
+        topk=topk,
+        scoring=SCORING_CODES[scoring],
+        renormalize=renormalize,
+    )
+
+
+def _order(slots, num_experts):
+    """hist, offs, gather and scatter."""
+    sizes = (num_experts, num_experts + 1, slots, slots)
+    return [torch.empty(n, dtype=torch.int32) for n in sizes]
+
+
+def _pointers(order):
+    return dict(zip(("hist", "offs", "gather", "scatter"), map(pointer, order), strict=True))
+
+
+def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, renormalize):
+    bias, correction_bias = _fp32(bias), _fp32(correction_bias)
+    given = None if topk_ids is None else topk_ids.to(torch.int32).contiguous()
+    tokens = logits.shape[0]
+    weights = torch.empty(tokens, topk)
+    ids = torch.empty(tokens, topk, dtype=torch.int32)
+    order = _order(tokens * topk, logits.shape[1])
+    native.cpu().routing_fwd(
+        problem=_problem(logits, 0 if x is None else x.shape[1], topk, scoring, renormalize),
+        dtype=0 if x is None else DTYPE_CODES[x.dtype],
+        x=pointer(x),
+        weight=pointer(weight),
+        x_stride=0 if x is None else x.stride(0),
+        bias=pointer(bias),
+        correction_bias=pointer(correction_bias),
+        given_ids=pointer(given),
+        logits=pointer(logits),
+        topk_weights=pointer(weights),
+        topk_ids=pointer(ids),
+        **_pointers(order),
+    )
+    return weights, ids, *order
+
+
+def routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renormalize):
+    if x.dtype not in DTYPE_CODES:
+        raise Unsupported(f"x of {x.dtype}")
+    logits = torch.empty(x.shape[0], weight.shape[0])
+    routed = _forward(
+        _rows(x), weight.contiguous(), bias, logits, correction_bias, topk_ids, topk, scoring,
+        renormalize,
+    )  # fmt: skip
+    return *routed, logits
+
+
+def routing_logits_fwd(logits, correction_bias, topk_ids, topk, scoring, renormalize):
+    if logits.dtype != torch.float32:
+        raise Unsupported(f"logits of {logits.dtype}")
+    return _forward(
+        None, None, None, logits.contiguous(), correction_bias, topk_ids, topk, scoring,
+        renormalize,
+    )  # fmt: skip
+
+
+def routing_sort(topk_ids, num_experts):
+    topk_ids = topk_ids.contiguous()
+    order = _order(topk_ids.numel(), num_experts)
+    native.cpu().routing_sort(
+        ids=pointer(topk_ids),
+        tokens=topk_ids.shape[0],
+        topk=topk_ids.shape[1],
+        experts=num_experts,
+        **_pointers(order),
+    )
+    return tuple(order)
+
+
+def routing_logits_bwd(d_topk_weights, topk_weights, topk_ids, logits, scoring, renormalize):
+    if logits.dtype != torch.float32:
+        raise Unsupported(f"logits of {logits.dtype}")
+    d_topk_weights, logits = d_topk_weights.contiguous(), logits.contiguous()
+    d_logits = torch.empty(logits.shape)
+    native.cpu().routing_logits_bwd(
+        problem=_problem(logits, 0, topk_ids.shape[1], scoring, renormalize),
+        d_topk_weights=pointer(d_topk_weights),
+        topk_weights=pointer(topk_weights),
+        logits=pointer(logits),
+        topk_ids=pointer(topk_ids),
+        d_logits=pointer(d_logits),
+    )
+    return d_logits
+
+
+def routing_bwd(
+    d_topk_weights, d_logits, x, weight, bias, topk_weights, topk_ids, logits, scoring, renormalize,
+    wanted,
+):  # fmt: skip
+    if x.dtype not in DTYPE_CODES:
+        raise Unsupported(f"x of {x.dtype}")
+    x, weight = _rows(x), weight.contiguous()
+    d_topk_weights, d_logits = _fp32(d_topk_weights), _fp32(d_logits)
+    d_x, d_weight = (
+        torch.empty(t.shape, dtype=t.dtype) if need else None
+        for t, need in zip((x, weight), wanted, strict=False)
+    )
+    d_bias = torch.empty(weight.shape[0]) if wanted[2] else None
+    native.cpu().routing_bwd(
+        problem=_problem(logits, x.shape[1], topk_ids.shape[1], scoring, renormalize),
+        dtype=DTYPE_CODES[x.dtype],
+        x=pointer(x),
+        weight=pointer(weight),
+        x_stride=x.stride(0),
+        d_topk_weights=pointer(d_topk_weights),
+        d_logits=pointer(d_logits),
+        topk_weights=pointer(topk_weights),
+        logits=pointer(logits),
+        topk_ids=pointer(topk_ids),
+        d_x=pointer(d_x),
+        d_weight=pointer(d_weight),
+        d_bias=pointer(d_bias),
+    )
+    if d_bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return tuple(x.new_empty(0) if g is None else g for g in (d_x, d_weight, d_bias))
