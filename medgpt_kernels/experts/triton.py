@@ -35,6 +35,7 @@ QWEN3 = {"hidden": 2048, "intermediate": 768, "experts": 128, "topk": 8, "plain"
 VARIANTS = (
     Variant(),
     Variant(**PACKED),
+    Variant(rank=16),
     Variant(tokens=512),
     Variant(**PACKED | {"tokens": 512}),
     Variant(tokens=1, backward=False),
@@ -120,6 +121,7 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
                     products={
                         "_experts_gate_up_kernel": rows,
                         "_experts_rows_kernel": rows,
+                        "_experts_down_token_kernel": rows,
                         "_experts_bwd_hidden_kernel": rows,
                         "_experts_bwd_weight_kernel": products,
                     },

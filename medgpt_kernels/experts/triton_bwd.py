@@ -12,7 +12,13 @@ import triton.language as tl
 
 from medgpt_kernels.experts.triton_bwd_weight import Operand, bias_gradient, weight_gradient
 from medgpt_kernels.experts.triton_fwd import Call, activate
-from medgpt_kernels.experts.triton_gemm import find_rows, find_tile, product, weight
+from medgpt_kernels.experts.triton_gemm import (
+    choose_activated,
+    find_rows,
+    find_tile,
+    product,
+    weight,
+)
 from medgpt_kernels.rotary.triton import index_dtype, rows
 
 SORT_BLOCK = 1024
@@ -44,6 +50,55 @@ def _experts_bwd_sort_kernel(
     row = tl.load(ScatterIndices + slot, mask=slot < slots, other=0)
     value = tl.load(TopkWeights + slot, mask=slot < slots)
     tl.store(SortedWeights + row, value, mask=slot < slots)
+
+
+@triton.jit
+def _halves(x):
+    """[M, N] -> its left and right [M, N / 2], each column in its own thread."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _leave(
+    d_hidden, n0, row, inside, weights, DPreActivation, Hidden, Partial, PreActivation, width,
+    alpha, limit, PLAIN: tl.constexpr, INTERLEAVED: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """What becomes of d_hidden [M, N] from column n0 on; gives its dot [M] with hidden."""
+    BLOCK_M: tl.constexpr = d_hidden.shape[0]
+    BLOCK_N: tl.constexpr = d_hidden.shape[1]
+    n = n0 + tl.arange(0, BLOCK_N)
+    mask = inside[:, None] & (n < width)[None, :]
+    where = row.to(INDEX)[:, None] * (2 * width)
+    both = 2 * n0 + tl.arange(0, 2 * BLOCK_N)
+    mask_both = inside[:, None] & (both < 2 * width)[None, :]
+    if INTERLEAVED:
+        pre = tl.load(PreActivation + where + both[None, :], mask=mask_both, other=0)
+        gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N, 2]))
+    else:
+        gate = tl.load(PreActivation + where + n[None, :], mask=mask, other=0)
+        up = tl.load(PreActivation + where + width + n[None, :], mask=mask, other=0)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    dot = weights
+    if Hidden is not None or Partial is not None:
+        hidden = activate(gate, up, alpha, limit, PLAIN)
+        dot = tl.sum(tl.where(mask, d_hidden * hidden, 0.0), 1)
+        if Hidden is not None:
+            tl.store(
+                Hidden + row.to(INDEX)[:, None] * width + n[None, :],
+                hidden.to(Hidden.dtype.element_ty),
+                mask=mask,
+            )
+    if DPreActivation is not None:
+        d_gate, d_up = _activate_bwd(d_hidden * weights[:, None], gate, up, alpha, limit, PLAIN)
+        d_gate = d_gate.to(DPreActivation.dtype.element_ty)
+        d_up = d_up.to(DPreActivation.dtype.element_ty)
+        if INTERLEAVED:
+            d_pre = tl.reshape(tl.join(d_gate, d_up), [BLOCK_M, 2 * BLOCK_N])
+            tl.store(DPreActivation + where + both[None, :], d_pre, mask=mask_both)
+        else:
+            tl.store(DPreActivation + where + n[None, :], d_gate, mask=mask)
+            tl.store(DPreActivation + where + width + n[None, :], d_up, mask=mask)
+    return dot
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -111,40 +166,18 @@ def _experts_bwd_hidden_kernel(
         depth, stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
         stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    mask = inside[:, None] & (n < width)[None, :]
-    where = row.to(INDEX)[:, None] * (2 * width)
-    n2 = 2 * tile_n * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-    both = where + n2[None, :]
-    mask_both = inside[:, None] & (n2 < 2 * width)[None, :]
-    if INTERLEAVED:
-        pre = tl.load(PreActivation + both, mask=mask_both, other=0)
-        gate, up = tl.split(tl.reshape(pre, [BLOCK_M, BLOCK_N, 2]))
-    else:
-        gate = tl.load(PreActivation + where + n[None, :], mask=mask, other=0)
-        up = tl.load(PreActivation + where + width + n[None, :], mask=mask, other=0)
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    if Hidden is not None or Partial is not None:
-        hidden = activate(gate, up, alpha, limit, PLAIN)
-        if Hidden is not None:
-            tl.store(
-                Hidden + row.to(INDEX)[:, None] * width + n[None, :],
-                hidden.to(Hidden.dtype.element_ty),
-                mask=mask,
-            )
-        if Partial is not None:
-            dot = tl.sum(tl.where(mask, d_hidden * hidden, 0.0), 1)
-            tl.store(Partial + tile_n.to(tl.int64) * slots + row, dot, mask=inside)
-    if DPreActivation is not None:
-        d_hidden *= tl.load(SortedWeights + row)[:, None]
-        d_gate, d_up = _activate_bwd(d_hidden, gate, up, alpha, limit, PLAIN)
-        d_gate = d_gate.to(DPreActivation.dtype.element_ty)
-        d_up = d_up.to(DPreActivation.dtype.element_ty)
-        if INTERLEAVED:
-            d_pre = tl.reshape(tl.join(d_gate, d_up), [BLOCK_M, 2 * BLOCK_N])
-            tl.store(DPreActivation + both, d_pre, mask=mask_both)
-        else:
-            tl.store(DPreActivation + where + n[None, :], d_gate, mask=mask)
-            tl.store(DPreActivation + where + width + n[None, :], d_up, mask=mask)
+    weights = tl.load(SortedWeights + row)
+    n0 = tile_n * BLOCK_N
+    left, right = _halves(d_hidden)
+    quarters = _halves(left) + _halves(right)  # at once they would not fit the registers
+    dot = tl.zeros([BLOCK_M], tl.float32)
+    for q in tl.static_range(4):
+        dot += _leave(
+            quarters[q], n0 + q * (BLOCK_N // 4), row, inside, weights, DPreActivation, Hidden,
+            Partial, PreActivation, width, alpha, limit, PLAIN, INTERLEAVED, INDEX,
+        )  # fmt: skip
+    if Partial is not None:
+        tl.store(Partial + tile_n.to(tl.int64) * slots + row, dot, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "tiles"])
@@ -212,7 +245,9 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
     if not any(wanted):
         return None, None, None
     weights = weight(call.down, call.down_scales, call.in_out, transposed=True)
-    tile = call.tile(call.down_scales is not None).halved()
+    crowded = call.down_scales is not None or d_low is not None
+    tile = call.tile(call.down_scales is not None)
+    tile = choose_activated(d_y, tile, crowded=crowded, backward=True)
     tiles = triton.cdiv(call.intermediate, tile.block_n)
     d_pre = call.empty(*pre_activation.shape) if wanted[0] else None
     hidden = call.empty(call.rows, call.intermediate) if wanted[1] else None

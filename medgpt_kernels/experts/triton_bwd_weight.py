@@ -149,7 +149,9 @@ def weight_gradient(call, x: Operand, d_out: Operand, *, out_in: bool, scale: fl
     inputs, outputs = x.rows.shape[1], d_out.rows.shape[1]
     config = dict(WEIGHT_CONFIGS[card_family(call.x)][call.x.dtype.itemsize * 8])
     name, columns = ("BLOCK_I", inputs) if out_in else ("BLOCK_O", outputs)
-    config[name] = min(config[name], max(16, triton.next_power_of_2(columns)))
+    if columns < config[name]:
+        config[name] = max(16, triton.next_power_of_2(columns))
+        config["num_warps"] = min(config["num_warps"], 4)
     out = call.empty(call.num_experts, *((outputs, inputs) if out_in else (inputs, outputs)))
     tiles = triton.cdiv(inputs, config["BLOCK_I"]) * triton.cdiv(outputs, config["BLOCK_O"])
     _experts_bwd_weight_kernel[(call.num_experts * tiles,)](

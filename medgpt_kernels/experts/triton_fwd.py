@@ -15,6 +15,7 @@ import triton.language as tl
 from medgpt_kernels.experts.triton_gemm import (
     check_supported,
     choose,
+    choose_activated,
     choose_token,
     find_expert,
     find_rows,
@@ -460,6 +461,7 @@ def experts_fwd(
         limit, lora_scaling,
     )  # fmt: skip
     with torch.cuda.device_of(x):
+        packed = gate_up_scales is not None
         weights = weight(call.gate_up, call.gate_up_scales, call.in_out)
         hidden = call.empty(call.rows, call.intermediate)
         pre_activation = call.empty(call.rows if keep_pre_activation else 0, weights.width)
@@ -470,7 +472,9 @@ def experts_fwd(
             weights,
             call.low_rank(low, call.gate_up_b, True),
             gathered=True,
-            tile=call.tile(gate_up_scales is not None),
+            tile=choose_activated(
+                x, call.tile(packed), crowded=packed or low is not None, backward=False
+            ),
             bias=call.gate_up_bias,
             Hidden=hidden,
             PreActivation=pre_activation if keep_pre_activation else None,

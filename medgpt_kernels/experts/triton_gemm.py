@@ -30,10 +30,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def halved(self) -> "Tile":
-        """For a product whose columns turn into two each."""
-        return self._replace(block_n=max(self.block_n // 2, 32))
-
     def options(self) -> dict:
         return {
             "BLOCK_M": self.block_m,
@@ -62,7 +58,7 @@ CONFIGS = {
         (16, False, 64): Tile(64, 128, 32, 4, 3),
         (16, False, 128): Tile(128, 128, 32, 8, 3),
         (16, True, 16): Tile(16, 64, 128, 4, 3),
-        (16, True, 64): Tile(64, 128, 32, 4, 3),
+        (16, True, 64): Tile(64, 128, 64, 4, 3),
         (16, True, 128): Tile(128, 128, 32, 8, 3),
         (32, False, 32): Tile(32, 64, 32, 4, 2),
         (32, True, 32): Tile(32, 64, 32, 4, 2),
@@ -84,7 +80,7 @@ CONFIGS = {
         (16, True, 16): Tile(16, 64, 128, 4, 4),
         (16, True, 64): Tile(64, 128, 64, 4, 3),
         (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
+        (32, False, 32): Tile(32, 64, 32, 4, 3),
         (32, True, 32): Tile(32, 64, 32, 4, 2),
     },
     "gfx942": {
@@ -298,6 +294,16 @@ def choose(x: torch.Tensor, rows: int, num_experts: int, packed: bool) -> Tile:
     height = 16 if mean <= 16 else 64 if mean <= 64 else 128
     bits = x.dtype.itemsize * 8
     return CONFIGS[family][bits, packed, 32 if bits == 32 else height]
+
+
+def choose_activated(x: torch.Tensor, tile: Tile, *, crowded: bool, backward: bool) -> Tile:
+    """The tile for a product with the activation behind it; crowded: MXFP4 or LoRA inside it.
+
+    Half the columns where a program would not fit its registers.
+    """
+    family = card_family(x)
+    spills = (crowded and (backward or family == "sm_100")) or (backward and family == "sm_80")
+    return tile._replace(block_n=64) if spills and tile.block_m >= 64 else tile
 
 
 def choose_token(x: torch.Tensor) -> Tile:
