@@ -37,15 +37,18 @@ VARIANTS = (
     Variant(**PACKED),
     Variant(rank=16),
     Variant(tokens=512),
-    Variant(**PACKED | {"tokens": 512}),
+    Variant(tokens=512, **PACKED),
+    Variant(tokens=64),
+    Variant(tokens=64, **PACKED),
     Variant(tokens=1, backward=False),
     Variant(tokens=1, packed=True, backward=False),
     Variant(dtype=torch.float16, **PACKED),
     Variant(dtype=torch.float32, rank=16),
     Variant(dtype=torch.float32, **PACKED),
     Variant(**MIXTRAL),
+    Variant(rank=32, **MIXTRAL),
     Variant(tokens=1024, **QWEN3),
-    Variant(hidden=2000, intermediate=1000),  # no multiple of a tile
+    Variant(hidden=2000, intermediate=1000, experts=1, topk=1),  # no multiples of a tile
     Variant(tokens=2**18, **PACKED),  # offsets pass 32 bits
 )
 QUICK = (Variant(), Variant(tokens=1, packed=True, backward=False))

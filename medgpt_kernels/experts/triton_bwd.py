@@ -13,9 +13,11 @@ import triton.language as tl
 from medgpt_kernels.experts.triton_bwd_weight import Operand, bias_gradient, weight_gradient
 from medgpt_kernels.experts.triton_fwd import Call, activate
 from medgpt_kernels.experts.triton_gemm import (
-    choose_activated,
+    CONFIGS,
+    experts_block,
     find_rows,
     find_tile,
+    halved,
     product,
     weight,
 )
@@ -245,9 +247,9 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
     if not any(wanted):
         return None, None, None
     weights = weight(call.down, call.down_scales, call.in_out, transposed=True)
-    crowded = call.down_scales is not None or d_low is not None
-    tile = call.tile(call.down_scales is not None)
-    tile = choose_activated(d_y, tile, crowded=crowded, backward=True)
+    packed = call.down_scales is not None
+    crowded = packed or d_low is not None or call.intermediate % 16
+    tile = halved(d_y, call.tile(packed), CONFIGS if crowded else ("sm_80",))
     tiles = triton.cdiv(call.intermediate, tile.block_n)
     d_pre = call.empty(*pre_activation.shape) if wanted[0] else None
     hidden = call.empty(call.rows, call.intermediate) if wanted[1] else None
@@ -287,7 +289,7 @@ def _topk_gradient(call: Call, d_y, partial) -> torch.Tensor:
         tiles=partial.shape[0],
         hidden=call.hidden,
         TOPK=call.topk,
-        BLOCK_E=triton.next_power_of_2(call.num_experts),
+        BLOCK_E=experts_block(call.num_experts),
         **TOPK_CONFIG,
     )
     return out

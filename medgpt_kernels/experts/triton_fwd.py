@@ -15,11 +15,12 @@ import triton.language as tl
 from medgpt_kernels.experts.triton_gemm import (
     check_supported,
     choose,
-    choose_activated,
     choose_token,
+    experts_block,
     find_expert,
     find_rows,
     find_tile,
+    halved,
     low_rank_arguments,
     narrowed,
     product,
@@ -355,7 +356,7 @@ class Call:
             "stride_x_t": x.stride(0),
             "num_experts": self.num_experts,
             "EVEN_K": weights.depth % tile.block_k == 0,
-            "BLOCK_E": triton.next_power_of_2(self.num_experts),
+            "BLOCK_E": experts_block(self.num_experts),
             **weights.arguments(),
             **low_rank,
             **tile.options(),
@@ -466,15 +467,16 @@ def experts_fwd(
         hidden = call.empty(call.rows, call.intermediate)
         pre_activation = call.empty(call.rows if keep_pre_activation else 0, weights.width)
         low = call.shrink(call.x, call.gate_up_a, False, gathered=True)
+        crowded = ("sm_100",) if packed or low is not None else ()
+        if not call.interleaved:
+            crowded += ("sm_80", "sm_86")
         call.launch(
             _experts_gate_up_kernel,
             call.x,
             weights,
             call.low_rank(low, call.gate_up_b, True),
             gathered=True,
-            tile=choose_activated(
-                x, call.tile(packed), crowded=packed or low is not None, backward=False
-            ),
+            tile=halved(x, call.tile(packed), crowded),
             bias=call.gate_up_bias,
             Hidden=hidden,
             PreActivation=pre_activation if keep_pre_activation else None,

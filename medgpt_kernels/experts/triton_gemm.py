@@ -6,6 +6,7 @@ experts' tiles before its own. Weights are read as W [K, N] by strides, or as MX
 packed along the depth (x W) or along the columns (d_y W^T), which unpack in registers.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -296,14 +297,10 @@ def choose(x: torch.Tensor, rows: int, num_experts: int, packed: bool) -> Tile:
     return CONFIGS[family][bits, packed, 32 if bits == 32 else height]
 
 
-def choose_activated(x: torch.Tensor, tile: Tile, *, crowded: bool, backward: bool) -> Tile:
-    """The tile for a product with the activation behind it; crowded: MXFP4 or LoRA inside it.
-
-    Half the columns where a program would not fit its registers.
-    """
-    family = card_family(x)
-    spills = (crowded and (backward or family == "sm_100")) or (backward and family == "sm_80")
-    return tile._replace(block_n=64) if spills and tile.block_m >= 64 else tile
+def halved(x: torch.Tensor, tile: Tile, families: Collection[str]) -> Tile:
+    """Half the columns on card families where the activation behind the product would spill."""
+    full = tile.block_m >= 64 and card_family(x) in families
+    return tile._replace(block_n=64) if full else tile
 
 
 def choose_token(x: torch.Tensor) -> Tile:
@@ -316,6 +313,11 @@ def choose_token(x: torch.Tensor) -> Tile:
 def narrowed(tile: Tile, columns: int) -> Tile:
     """The same tile with no more columns than a narrow product has."""
     return tile._replace(block_n=min(tile.block_n, max(16, triton.next_power_of_2(columns))))
+
+
+def experts_block(num_experts: int) -> int:
+    """BLOCK_E of the kernels that look for an expert."""
+    return max(16, triton.next_power_of_2(num_experts))
 
 
 def row_tiles(rows: int, num_experts: int, block_m: int) -> int:
