@@ -198,6 +198,41 @@ def register(
     return getattr(torch.ops.medgpt_kernels, name).default
 
 
+def direct(op: Callable, device_type: str = "cpu") -> Callable:
+    """`op`, called past PyTorch's dispatcher where that has nothing to do.
+
+    Its Python layers cost more than some kernels of a decoding step. They are left out for plain
+    CPU tensors under torch.no_grad(), outside torch.compile, dispatch modes and transforms.
+    """
+    kernel = _bind(operators[op.name().split("::")[1].split(".")[0]], device_type)
+
+    def call(*args):
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or not _plain(args, device_type)
+        ):
+            return op(*args)
+        return kernel(*args)
+
+    return call
+
+
+def _plain(args: tuple, device_type: str) -> bool:
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for a in args:
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if a.device.type != device_type:
+                return False
+        elif isinstance(a, torch.Tensor):
+            return False
+    return True
+
+
 def _keeping_the_backend(setup_context: Callable | None) -> Callable:
     """Note which backend the forward was narrowed to: autograd's threads cannot see it."""
 

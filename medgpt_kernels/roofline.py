@@ -120,6 +120,32 @@ def rotary_cost(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> C
     return Cost(bytes=2 * elements * dtype.itemsize + 4 * tokens * head_dim, flops=3 * elements)
 
 
+def routing_cost(
+    tokens: int,
+    hidden: int,
+    num_experts: int,
+    topk: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backward: bool = False,
+) -> Cost:
+    """x, weight and bias read once; fp32 logits, weights and int32 indices written once.
+
+    Backward alone: x and weight are read and their gradients written, two products for one.
+    """
+    x, weight = tokens * hidden * dtype.itemsize, num_experts * (hidden + 1) * dtype.itemsize
+    logits, slots = 4 * tokens * num_experts, 4 * tokens * topk
+    products = 2 * tokens * hidden * num_experts
+    if backward:
+        return Cost(2 * x + 2 * weight + logits + 3 * slots, 2 * products)
+    return Cost(x + weight + logits + 4 * slots + 4 * (2 * num_experts + 1), products)
+
+
+def mxfp4_cost(values: int, dtype: torch.dtype) -> Cost:
+    """Values in dtype on one side, 17 bytes for 32 of them on the other; an operation each."""
+    return Cost(bytes=values * dtype.itemsize + values // 32 * 17, flops=values)
+
+
 def percent_of_roof(
     cost: Cost, seconds: float, roofs: Roofs, dtype: torch.dtype = torch.float32
 ) -> float:

@@ -115,11 +115,29 @@ def experts(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
     return _with_gradients(outputs, {**inputs, "topk_weights": topk_weights}, dtype)
 
 
+def routing(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
+    """Ids, weights, order and logits; gradients through weights and logits."""
+    inputs = _leaves(device, dtype, compute, x=(97, 64), weight=(32, 64), bias=(32,))
+    data = mk.routing(**inputs, topk=4)
+    outputs = {"topk_weights": data.topk_weights, "logits": data.logits}
+    integers = {n: t for n, t in data._asdict().items() if n not in outputs}
+    return {**_with_gradients(outputs, inputs, dtype), **integers}
+
+
+def mxfp4(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
+    """Bytes and values, which are exact: the computing dtype makes no difference."""
+    w = torch.randn(9, 96, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    packed = mk.mxfp4_quantize(w)
+    return {**packed._asdict(), "values": packed.dequantize(dtype)}
+
+
 OPS: dict[str, Callable[[str, torch.dtype, torch.dtype], Outputs]] = {
     "attention": attention,
     "experts": experts,
+    "mxfp4": mxfp4,
     "patch_embed": patch_embed,
     "rotary": rotary,
+    "routing": routing,
 }
 
 

@@ -22,6 +22,8 @@ SHARED_NATIVE = {
         "vmath.h",
         "grouped_gemm.h",
         "grouped_gemm.cpp",
+        "grouped_pack.h",
+        "grouped_few.h",
         "mxfp4_decode.h",
     },
     "cuda": {"kernels.h", "library.cu", "probe.cu"},

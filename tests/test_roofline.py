@@ -33,6 +33,18 @@ def test_bf16_halves_weight_and_tokens():
     assert narrow.bytes - pixels == (wide.bytes - pixels) / 2
 
 
+def test_routing_reads_the_tokens_once():
+    cost = roofline.routing_cost(10, 7, 4, 2)
+    written = 10 * 4 * 4 + 4 * 10 * 2 * 4 + 4 * (4 + 5)
+    assert cost == Cost(4 * (10 * 7 + 4 * 8) + written, 2 * 10 * 7 * 4)
+    backward = roofline.routing_cost(10, 7, 4, 2, backward=True)
+    assert backward.flops == 2 * cost.flops
+
+
+def test_mxfp4_is_seventeen_bytes_a_block():
+    assert roofline.mxfp4_cost(64, torch.bfloat16) == Cost(2 * 64 + 34, 64)
+
+
 def test_costs_add():
     assert Cost(1, 2) + Cost(10, 20) == Cost(11, 22)
 

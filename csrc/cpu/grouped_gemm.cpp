@@ -8,140 +8,16 @@
 #include <utility>
 
 #include "buffer.h"
-#include "dispatch.h"
-#include "mxfp4_decode.h"
-#include "vmath.h"
+#include "grouped_few.h"
 
 namespace grouped {
 namespace {
 constexpr int64_t kRowBlock = 384;
-constexpr int64_t kDepth = 384;                                      // of a packed chunk of weights
+constexpr int64_t kDepth = 256;                                      // of a packed chunk of weights
 constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a tile's columns
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
-constexpr int64_t kFewRows = 8;  // weights are multiplied as they stream by, not packed
-
-struct Matrix {  // one expert's
-  const Stack* of;
-  const void* data;
-  const uint8_t* scales;
-};
-
-Matrix matrix_of(const Stack& stack, int64_t expert) {
-  int64_t size = stack.k * stack.n;
-  if (stack.scales != nullptr)
-    return {&stack, static_cast<const uint8_t*>(stack.data) + expert * size / 2,
-            stack.scales + expert * size / kBlock};
-  int64_t bytes = stack.dtype == DType::kF32 ? 4 : 2;
-  return {&stack, static_cast<const char*>(stack.data) + expert * size * bytes, nullptr};
-}
-
-// Where column c of a packed chunk of `depth` rows lies: panels [c / kNR][k][kNR].
-inline float* packed_at(float* out, int64_t depth, int64_t k, int64_t c) {
-  return out + (c / kNR * depth + k) * kNR + c % kNR;
-}
-
-// Columns [n0, n0 + count) and rows [k0, k0 + depth) to places [at, at + round_up(count, kNR)).
-template <typename T>
-void pack_wide_rows(const T* data, int64_t ld, int64_t k0, int64_t depth, int64_t n0, int64_t count,
-                    float* out, int64_t at) {
-  int64_t padded = round_up(count, kNR);
-  for (int64_t k = 0; k < depth; k++) {
-    const T* row = data + (k0 + k) * ld + n0;
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      vf v = c + kLanes <= count
-                 ? load(row + c)
-                 : load_partial(row + c, static_cast<int>(std::max<int64_t>(0, count - c)));
-      store(packed_at(out, depth, k, at + c), v);
-    }
-  }
-}
-
-template <typename T>
-void pack_deep_rows(const T* data, int64_t ld, int64_t k0, int64_t depth, int64_t n0, int64_t count,
-                    float* out, int64_t at) {
-  int64_t padded = round_up(count, kNR);
-  for (int64_t c = 0; c < padded; c += kLanes)
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      int deep = static_cast<int>(std::min<int64_t>(kLanes, depth - k));
-      vf r[kLanes];
-      for (int i = 0; i < kLanes; i++) {
-        const T* row = data + (n0 + c + i) * ld + k0 + k;
-        r[i] = c + i >= count ? vf{} : deep == kLanes ? load(row) : load_partial(row, deep);
-      }
-      transpose(r);
-      for (int i = 0; i < deep; i++) store(packed_at(out, depth, k + i, at + c), r[i]);
-    }
-}
-
-// Blocks along n: a block of 16 bytes is 32 columns of one k.
-void pack_wide_blocks(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t count,
-                      float* out, int64_t at) {
-  int64_t ld = b.of->n / kBlock;
-  for (int64_t k = 0; k < depth; k++) {
-    int64_t first = (k0 + k) * ld + n0 / kBlock;
-    for (int64_t c = 0; c < count; c += kBlock) {
-      int64_t block = first + c / kBlock;
-      const uint8_t* bytes = static_cast<const uint8_t*>(b.data) + block * kBlockBytes;
-      vf scale = splat(kMxfp4Scales.value[b.scales[block]]);
-      for (int i = 0; i < kBlockBytes; i += kLanes) {
-        vu codes = load_bytes(bytes + i);
-        vf even = decode(codes) * scale, odd = decode(codes >> 4) * scale;
-        store(packed_at(out, depth, k, at + c + 2 * i), riffle_low(even, odd));
-        store(packed_at(out, depth, k, at + c + 2 * i + kLanes), riffle_high(even, odd));
-      }
-    }
-    for (int64_t c = count; c < round_up(count, kNR); c += kLanes)
-      store(packed_at(out, depth, k, at + c), vf{});
-  }
-}
-
-// Blocks along k: the bytes of 16 columns are transposed, so that a vector is one k of them.
-void pack_deep_blocks(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t count,
-                      float* out, int64_t at) {
-  int64_t ld = b.of->k / kBlock, padded = round_up(count, kNR);
-  for (int64_t c = 0; c < padded; c += 16)
-    for (int64_t k = 0; k < depth; k += kBlock) {
-      Bytes16 r[16];
-      float scale[16];
-      for (int i = 0; i < 16; i++) {
-        int64_t block = (n0 + c + i) * ld + (k0 + k) / kBlock;
-        bool there = c + i < count;
-        r[i] = Bytes16{};
-        if (there)
-          std::memcpy(&r[i], static_cast<const uint8_t*>(b.data) + block * kBlockBytes, 16);
-        scale[i] = there ? kMxfp4Scales.value[b.scales[block]] : 0.0f;
-      }
-      transpose_bytes(r);
-      for (int j = 0; j < 16; j++) {
-        uint8_t bytes[16];
-        std::memcpy(bytes, &r[j], 16);
-        for (int i = 0; i < 16 && c + i < padded; i += kLanes) {
-          vu codes = load_bytes(bytes + i);
-          vf s = load(scale + i);
-          store(packed_at(out, depth, k + 2 * j, at + c + i), decode(codes) * s);
-          store(packed_at(out, depth, k + 2 * j + 1, at + c + i), decode(codes >> 4) * s);
-        }
-      }
-    }
-}
-
-void pack_weights(const Matrix& b, int64_t k0, int64_t depth, const Columns& columns, float* out) {
-  for (int part = 0; part < columns.parts; part++) {
-    int64_t n0 = columns.begin[part], at = columns.at[part], count = columns.count;
-    const Stack& of = *b.of;
-    if (of.scales != nullptr) {
-      (of.n_contiguous ? pack_wide_blocks : pack_deep_blocks)(b, k0, depth, n0, count, out, at);
-      continue;
-    }
-    with_dtype(of.dtype, [&](auto tag) {
-      auto* data = static_cast<const decltype(tag)*>(b.data);
-      if (of.n_contiguous)
-        pack_wide_rows(data, of.n, k0, depth, n0, count, out, at);
-      else
-        pack_deep_rows(data, of.k, k0, depth, n0, count, out, at);
-    });
-  }
-}
+// With no more rows than these an expert's weights are multiplied as they stream by, not packed.
+constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
 
 // c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR], summed in steps
 template <int MR, int64_t STEP = kDepthStep>
@@ -177,185 +53,6 @@ void pack_rows(const Rows& rows, int64_t row, int64_t count, float* line, float*
   }
 }
 
-// Few rows: each weight is read once, from memory, and multiplied with all of them.
-
-// Rows as they are, padded with zeros to `stride`; against blocks along k, each block's even
-// places come before its odd ones, as they leave the bytes.
-void copy_rows(const Rows& rows, int64_t row, int64_t count, bool in_blocks, int64_t stride,
-               float* line, float* out) {
-  for (int64_t m = 0; m < count; m++) {
-    float* to = out + m * stride;
-    read_row(rows, row + m, 0, rows.width, in_blocks ? line : to);
-    if (in_blocks)
-      for (int64_t k = 0; k < rows.width; k += kBlock)
-        for (int i = 0; i < kBlockBytes; i++) {
-          to[k + i] = line[k + 2 * i];
-          to[k + kBlockBytes + i] = line[k + 2 * i + 1];
-        }
-    std::fill(to + rows.width, to + stride, 0.0f);
-  }
-}
-
-// sums[m][i] += weights of output i times row m, lane by lane; NB outputs share the rows' loads.
-template <int MR, int NB, typename T>
-void dots(const T* const (&w)[NB], int64_t depth, const float* a, int64_t stride,
-          vf (*sums)[kLanes]) {
-  vf acc[MR][NB] = {};
-  int64_t whole = depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes)
-    for (int i = 0; i < NB; i++) {
-      vf v = load(w[i] + k);
-      for (int m = 0; m < MR; m++) acc[m][i] += v * load(a + m * stride + k);
-    }
-  for (int i = 0; i < NB && whole < depth; i++) {
-    vf v = load_partial(w[i] + whole, static_cast<int>(depth - whole));
-    for (int m = 0; m < MR; m++) acc[m][i] += v * load(a + m * stride + whole);
-  }
-  for (int m = 0; m < MR; m++)
-    for (int i = 0; i < NB; i++) sums[m][i] = acc[m][i];
-}
-
-struct PackedRow {
-  const uint8_t *bytes, *scales;
-};
-
-template <int MR, int NB>
-void dots(const PackedRow (&w)[NB], int64_t depth, const float* a, int64_t stride,
-          vf (*sums)[kLanes]) {
-  vf acc[MR][NB] = {};
-  for (int64_t block = 0; block < depth / kBlock; block++) {
-    const float* rows = a + block * kBlock;
-#pragma GCC unroll 4
-    for (int i = 0; i < NB; i++) {
-      vf scale = splat(kMxfp4Scales.value[w[i].scales[block]]);
-      vf part[MR] = {};
-#pragma GCC unroll 4
-      for (int j = 0; j < kBlockBytes; j += kLanes) {
-        vu codes = load_bytes(w[i].bytes + block * kBlockBytes + j);
-        vf even = decode(codes), odd = decode(codes >> 4);
-#pragma GCC unroll 4
-        for (int m = 0; m < MR; m++) {
-          part[m] += even * load(rows + m * stride + j);
-          part[m] += odd * load(rows + m * stride + kBlockBytes + j);
-        }
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; m++) acc[m][i] += part[m] * scale;
-    }
-  }
-  for (int m = 0; m < MR; m++)
-    for (int i = 0; i < NB; i++) sums[m][i] = acc[m][i];
-}
-
-// c[m][0, kLanes) (+)= MR rows times kLanes outputs, whose weights `row_of` finds.
-template <int MR, int NB, typename Row, typename RowOf>
-void few_outputs(const RowOf& row_of, int live, int64_t depth, const float* a, int64_t stride,
-                 float* c, int64_t c_stride, bool first) {
-  vf sums[MR][kLanes];
-  for (int i = 0; i < kLanes; i += NB) {
-    Row w[NB];
-    for (int j = 0; j < NB; j++) w[j] = row_of(std::min(i + j, live - 1));
-    vf part[MR][kLanes];
-    dots<MR>(w, depth, a, stride, part);
-    for (int m = 0; m < MR; m++)
-      for (int j = 0; j < NB; j++) sums[m][i + j] = part[m][j];
-    if (i + NB >= live)
-      for (int m = 0; m < MR; m++)
-        for (int j = i + NB; j < kLanes; j++) sums[m][j] = vf{};
-    if (i + NB >= live) break;
-  }
-  for (int m = 0; m < MR; m++) {
-    transpose(sums[m]);
-    vf total = sums[m][0];
-    for (int i = 1; i < kLanes; i++) total += sums[m][i];
-    float* to = c + m * c_stride;
-    store(to, first ? total : load(to) + total);
-  }
-}
-
-template <typename Row, typename RowOf>
-void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, const float* a,
-              int64_t stride, float* c, int64_t c_stride, bool first) {
-  for (int64_t n = 0; n < count; n += kLanes) {
-    int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
-    auto at = [&](int i) { return row_of(n + i); };
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4)
-      few_outputs<4, 2, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
-                             c_stride, first);
-    if (m + 2 <= rows) {
-      few_outputs<2, 4, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
-                             c_stride, first);
-      m += 2;
-    }
-    if (m < rows)
-      few_outputs<1, 4, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
-                             c_stride, first);
-  }
-}
-
-// c[m][n] += sum over STEP rows of weights w[k][n] a[m][k]
-template <int MR, int STEP, typename T>
-void add_rows(const T* w, int64_t ld, int64_t count, const float* a, int64_t stride, float* c,
-              int64_t c_stride) {
-  for (int64_t n = 0; n < count; n += kLanes) {
-    vf sum[MR];
-    for (int m = 0; m < MR; m++) sum[m] = load(c + m * c_stride + n);
-    int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
-#pragma GCC unroll 8
-    for (int k = 0; k < STEP; k++) {
-      vf v = live == kLanes ? load(w + k * ld + n) : load_partial(w + k * ld + n, live);
-#pragma GCC unroll 4
-      for (int m = 0; m < MR; m++) sum[m] += v * a[m * stride + k];
-    }
-    for (int m = 0; m < MR; m++) store(c + m * c_stride + n, sum[m]);
-  }
-}
-
-template <int MR, typename T>
-void stream_rows(const T* w, int64_t ld, int64_t depth, int64_t count, const float* a,
-                 int64_t stride, float* c, int64_t c_stride) {
-  int64_t k = 0;
-  for (; k + 8 <= depth; k += 8) add_rows<MR, 8>(w + k * ld, ld, count, a + k, stride, c, c_stride);
-  for (; k < depth; k++) add_rows<MR, 1>(w + k * ld, ld, count, a + k, stride, c, c_stride);
-}
-
-void multiply_few(const Matrix& b, int64_t rows, const Columns& columns, const float* a,
-                  int64_t stride, float* c, int64_t c_stride, bool first) {
-  const Stack& of = *b.of;
-  for (int part = 0; part < columns.parts; part++) {
-    int64_t n0 = columns.begin[part], count = columns.count;
-    float* to = c + columns.at[part];
-    if (of.scales != nullptr) {
-      int64_t blocks = of.k / kBlock;
-      auto row_of = [&](int64_t n) {
-        return PackedRow{static_cast<const uint8_t*>(b.data) + (n0 + n) * blocks * kBlockBytes,
-                         b.scales + (n0 + n) * blocks};
-      };
-      few_rows<PackedRow>(row_of, count, rows, of.k, a, stride, to, c_stride, first);
-      continue;
-    }
-    with_dtype(of.dtype, [&](auto tag) {
-      using T = decltype(tag);
-      auto* data = static_cast<const T*>(b.data);
-      if (!of.n_contiguous) {
-        auto row_of = [&](int64_t n) { return data + (n0 + n) * of.k; };
-        few_rows<const T*>(row_of, count, rows, of.k, a, stride, to, c_stride, first);
-        return;
-      }
-      for (int64_t m = 0; first && m < rows; m++)
-        std::fill_n(to + m * c_stride, round_up(count, kLanes), 0.0f);
-      int64_t m = 0;
-      for (; m + 2 <= rows; m += 2)
-        stream_rows<2>(data + n0, of.n, of.k, count, a + m * stride, stride, to + m * c_stride,
-                       c_stride);
-      if (m < rows)
-        stream_rows<1>(data + n0, of.n, of.k, count, a + m * stride, stride, to + m * c_stride,
-                       c_stride);
-    });
-  }
-}
-
 struct RowBlock {  // of an expert, sharing one reading of its weights
   int64_t expert, row, rows;
 };
@@ -372,7 +69,8 @@ std::vector<RowBlock> row_blocks(const int32_t* offs, int64_t experts) {
 }
 
 bool takes_few(const Stack& b, int64_t rows) {
-  return rows <= kFewRows && !(b.scales != nullptr && b.n_contiguous);
+  if (b.scales != nullptr) return rows <= kFewRowsOfBlocks && !b.n_contiguous;
+  return rows <= kFewRows;
 }
 }  // namespace
 
@@ -431,11 +129,15 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
           for (int64_t k = 0; k < depth; k += kDepth) {
             int64_t deep = std::min(kDepth, depth - k);
             pack_weights(matrix, k, deep, columns, b.get());
+            int64_t next = std::min(kDepth, depth - k - deep), share = 0;
+            int64_t shares =
+                (block.rows + kMR - 1) / kMR * columns.parts * ((columns.count + kNR - 1) / kNR);
             for (int64_t m = 0; m < block.rows; m += kMR) {
               Multiply multiply = kMultiply[std::min<int64_t>(kMR, block.rows - m) - 1];
               for (int part = 0; part < columns.parts; part++)
                 for (int64_t j = 0; j < columns.count; j += kNR) {
                   int64_t place = columns.at[part] + j;
+                  prefetch_weights(matrix, k + deep, next, columns, share++, shares);
                   multiply(deep, at + m * depth + k * kMR, b.get() + place * deep,
                            c.get() + m * stride + place, stride, first && k == 0);
                 }

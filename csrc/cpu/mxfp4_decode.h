@@ -17,11 +17,18 @@ struct Mxfp4Scales {
 };
 inline const Mxfp4Scales kMxfp4Scales;
 
+// GCC takes a conversion of four sizes apart, element by element.
 inline vu load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   typedef uint8_t vb __attribute__((vector_size(kLanes)));
   vb bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
   return __builtin_convertvector(bytes, vu);
+#endif
 }
 
 // E2M1 values of the codes in the low four bits; what lies above them is ignored.

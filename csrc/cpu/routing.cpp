@@ -22,18 +22,23 @@ constexpr int kRows = 6, kColumns = 4;  // 24 of 32 registers accumulate, 6 hold
 #else
 constexpr int kRows = 3, kColumns = 4;  // 12 of 16, 3 and 1
 #endif
-constexpr int kRowColumns = 8;    // of a single row: as many sums as hide the latency of one
-constexpr int64_t kDepth = 1024;  // of x and weight at a time: kRows rows of x stay in L1
-constexpr int64_t kTokens = 48;   // of a task
+constexpr int kRowColumns = 8;        // of a single row: as many sums as hide the latency of one
+constexpr int64_t kDepth = 1024;      // of x and weight at a time: kRows rows of x stay in L1
+constexpr int64_t kTokens = 48;       // of a task
+constexpr int64_t kSerial = 1 << 19;  // products below which waking a second thread costs more
 
-inline float add_lanes(vf v) {
-  float lanes[kLanes];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int n = kLanes / 2; n >= 1; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-  return lanes[0];
+// In registers: through memory, the sums at the end of a tile cost a tenth of it.
+template <int N>
+inline float add_lanes(const float __attribute__((vector_size(4 * N))) & v) {
+  if constexpr (N == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    typedef float half __attribute__((vector_size(2 * N)));
+    half low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return add_lanes<N / 2>(low + high);
+  }
 }
 
 // logits[m][e] += x[m] . weight[e] over n elements; both run along memory, so neither is packed
@@ -59,7 +64,16 @@ void dot_tile(const T* x, int64_t x_stride, const T* weight, int64_t hidden, int
     step([left](const T* p) { return load_partial(p, left); }, i);
   }
   for (int m = 0; m < M; m++)
-    for (int e = 0; e < N; e++) logits[m * experts + e] += add_lanes(acc[m][e]);
+    for (int e = 0; e < N; e++) logits[m * experts + e] += add_lanes<kLanes>(acc[m][e]);
+}
+
+// Asks for share `part` of `parts` of the next rows of x, which memory would hand over too late.
+template <typename T>
+void prefetch_rows(const T* x, int64_t x_stride, int64_t n, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t lines = (n + kLine - 1) / kLine, total = kRows * lines;
+  for (int64_t i = total * part / parts; i < total * (part + 1) / parts; i++)
+    __builtin_prefetch(x + i / lines * x_stride + i % lines * kLine);
 }
 
 // logits of tokens [t0, t1) and experts [e0, e1)
@@ -77,6 +91,9 @@ void product(const Problem& p, const Forward& f, int64_t t0, int64_t t1, int64_t
       for (int64_t e = e0; e < e1;) {
         const T* columns = weight + e * p.hidden + h;
         float* out = f.logits + t * p.experts + e;
+        if (count > 1 && t + 2 * kRows <= t1)
+          prefetch_rows(row + kRows * f.x_stride, f.x_stride, n, (e - e0) / kColumns,
+                        (e1 - e0 + kColumns - 1) / kColumns);
         if (count > 1 && e + kColumns <= e1) {
           dot_tile<kRows, kColumns>(row, f.x_stride, columns, p.hidden, n, out, p.experts);
           e += kColumns;
@@ -97,7 +114,8 @@ void product(const Problem& p, const Forward& f, int64_t t0, int64_t t1, int64_t
 
 // A decoding step's few tokens are split by experts instead.
 void products(const Problem& p, const Forward& f) {
-  int64_t threads = omp_get_max_threads();
+  bool serial = p.tokens * p.experts * p.hidden < kSerial;
+  int64_t threads = serial ? 1 : omp_get_max_threads();
   int64_t token_tasks = (p.tokens + kTokens - 1) / kTokens, expert_tasks = 1;
   if (token_tasks < threads)
     expert_tasks = std::min(threads, std::max<int64_t>(p.experts / kRowColumns, 1));

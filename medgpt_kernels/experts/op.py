@@ -110,7 +110,7 @@ def experts(
         down_proj_bias, *low_rank,
     )  # fmt: skip
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = _experts_fwd(
+    y, _ = _experts_direct(
         *tensors, activation, gate_up_layout, weight_layout, alpha, limit, lora.scaling, keep
     )
     return y
@@ -267,6 +267,7 @@ _experts_fwd = registry.register(
     setup_context=_setup_context,
     backward=_backward,
 )
+_experts_direct = registry.direct(_experts_fwd)
 _experts_bwd = registry.register(
     f"experts_bwd(Tensor d_y, Tensor pre_activation, {_ARGUMENTS}, bool[] wanted) -> "
     "(Tensor d_x, Tensor d_topk_weights, Tensor d_gate_up_proj, Tensor d_gate_up_proj_bias, "

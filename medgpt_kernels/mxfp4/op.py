@@ -115,7 +115,7 @@ def _dequantize_fake(blocks, scales, dtype):
     return scales.new_empty((*leading, count * BLOCK), dtype=dtype)
 
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton")
 
 _mxfp4_quantize = registry.register(
     "mxfp4_quantize(Tensor w) -> (Tensor blocks, Tensor scales)",

@@ -16,7 +16,9 @@ def _rows(x):
 
 
 def _fp32(t):
-    return t if t is None else t.to(torch.float32).contiguous()
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.to(torch.float32).contiguous()
 
 
 def _problem(logits, hidden, topk, scoring, renormalize):
@@ -32,13 +34,13 @@ def _problem(logits, hidden, topk, scoring, renormalize):
 
 
 def _order(slots, num_experts):
-    """hist, offs, gather and scatter."""
-    sizes = (num_experts, num_experts + 1, slots, slots)
-    return [torch.empty(n, dtype=torch.int32) for n in sizes]
-
-
-def _pointers(order):
-    return dict(zip(("hist", "offs", "gather", "scatter"), map(pointer, order), strict=True))
+    """hist, offs, gather and scatter. Spelled out: a loop shows in a single token's routing."""
+    return (
+        torch.empty(num_experts, dtype=torch.int32),
+        torch.empty(num_experts + 1, dtype=torch.int32),
+        torch.empty(slots, dtype=torch.int32),
+        torch.empty(slots, dtype=torch.int32),
+    )
 
 
 def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, renormalize):
@@ -47,7 +49,7 @@ def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, 
     tokens = logits.shape[0]
     weights = torch.empty(tokens, topk)
     ids = torch.empty(tokens, topk, dtype=torch.int32)
-    order = _order(tokens * topk, logits.shape[1])
+    hist, offs, gather, scatter = _order(tokens * topk, logits.shape[1])
     native.cpu().routing_fwd(
         problem=_problem(logits, 0 if x is None else x.shape[1], topk, scoring, renormalize),
         dtype=0 if x is None else DTYPE_CODES[x.dtype],
@@ -60,9 +62,12 @@ def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, 
         logits=pointer(logits),
         topk_weights=pointer(weights),
         topk_ids=pointer(ids),
-        **_pointers(order),
+        hist=pointer(hist),
+        offs=pointer(offs),
+        gather=pointer(gather),
+        scatter=pointer(scatter),
     )
-    return weights, ids, *order
+    return weights, ids, hist, offs, gather, scatter
 
 
 def routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renormalize):
@@ -87,15 +92,18 @@ def routing_logits_fwd(logits, correction_bias, topk_ids, topk, scoring, renorma
 
 def routing_sort(topk_ids, num_experts):
     topk_ids = topk_ids.contiguous()
-    order = _order(topk_ids.numel(), num_experts)
+    hist, offs, gather, scatter = _order(topk_ids.numel(), num_experts)
     native.cpu().routing_sort(
         ids=pointer(topk_ids),
         tokens=topk_ids.shape[0],
         topk=topk_ids.shape[1],
         experts=num_experts,
-        **_pointers(order),
+        hist=pointer(hist),
+        offs=pointer(offs),
+        gather=pointer(gather),
+        scatter=pointer(scatter),
     )
-    return tuple(order)
+    return hist, offs, gather, scatter
 
 
 def routing_logits_bwd(d_topk_weights, topk_weights, topk_ids, logits, scoring, renormalize):

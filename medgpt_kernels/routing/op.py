@@ -71,7 +71,7 @@ def routing(
     _check_router(x, weight, bias)
     _check_choice(x, weight.shape[0], topk, scoring, renormalize, correction_bias, topk_ids)
     return RoutingData(
-        *_routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renormalize)
+        *_routing_direct(x, weight, bias, correction_bias, topk_ids, topk, scoring, renormalize)
     )
 
 
@@ -351,6 +351,7 @@ _routing_fwd = registry.register(
     setup_context=_setup,
     backward=_backward,
 )
+_routing_direct = registry.direct(_routing_fwd)
 _routing_bwd = registry.register(
     "routing_bwd(Tensor? d_topk_weights, Tensor? d_logits, Tensor x, Tensor weight, Tensor? bias, "
     f"{_SAVED}, bool[] wanted) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",

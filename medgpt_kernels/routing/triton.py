@@ -242,7 +242,7 @@ def check_supported(x: torch.Tensor, num_experts: int) -> None:
 def _tile(tokens: int, num_experts: int, topk: int) -> dict[str, int]:
     block_e = max(16, triton.next_power_of_2(num_experts))
     return {
-        "BLOCK_T": 16 if tokens <= 16 * FEW_TILES else 32,
+        "BLOCK_T": 16 if tokens <= 16 * FEW_TILES or block_e > 128 else 32,
         "BLOCK_E": block_e,
         "BLOCK_K": triton.next_power_of_2(topk),
         "num_warps": 4 if block_e <= 128 else 8,
@@ -398,23 +398,28 @@ def routing_bwd(
     )
 
 
-def _launch_meta(dtype, tokens, num_experts, topk, scoring, renormalize, correction) -> None:
+def _launch_meta(dtype, tokens, num_experts, topk, scoring, renormalize) -> None:
     x = torch.empty(tokens, 2880, dtype=dtype, device="meta")
     weight = torch.empty(num_experts, 2880, dtype=dtype, device="meta")
     bias = torch.empty(num_experts, dtype=dtype, device="meta")
-    correction_bias = torch.empty(num_experts, device="meta") if correction else None
+    correction_bias = torch.empty(num_experts, device="meta") if scoring == "sigmoid" else None
     options = (topk, scoring, renormalize)
     weights, ids, *_, logits = routing_fwd(x, weight, bias, correction_bias, None, *options)
-    routing_logits_fwd(logits, None, ids, *options)
-    routing_sort(ids, num_experts)
-    routing_logits_bwd(weights, weights, ids, logits, scoring, renormalize)
     saved = (weights, ids, logits, scoring, renormalize)
     routing_bwd(weights, logits, x, weight, bias, *saved, [True] * 3)
 
 
+def _launch_given_meta(tokens, num_experts, topk, scoring, renormalize) -> None:
+    logits = torch.empty(tokens, num_experts, device="meta")
+    weights, ids, *_ = routing_logits_fwd(logits, None, None, topk, scoring, renormalize)
+    routing_logits_fwd(logits, None, ids, topk, scoring, renormalize)
+    routing_sort(ids, num_experts)
+    routing_logits_bwd(weights, weights, ids, logits, scoring, renormalize)
+
+
 def aot_kernels() -> Iterator[aot.AotKernel]:
     """The launches of gpt-oss, Qwen3-MoE, DeepSeek-V3 and Mixtral."""
-    for dtype, tokens, num_experts, topk, scoring, renormalize in (
+    for dtype, tokens, num_experts, *options in (
         (torch.bfloat16, 2048, 32, 4, "topk_softmax", True),
         (torch.bfloat16, 1, 32, 4, "topk_softmax", True),
         (torch.float32, 2048, 32, 4, "topk_softmax", True),
@@ -422,18 +427,21 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
         (torch.bfloat16, 16384, 256, 8, "sigmoid", True),
         (torch.float16, 16384, 8, 2, "softmax_topk", True),
     ):
-        half = {torch.bfloat16: aot.FEW_ROWS, torch.float16: aot.FEW_ROWS}.get(dtype, "ieee")
+        name, quick = f"{tokens}-{num_experts}", num_experts == 32
         backward = aot.FEW_ROWS if dtype == torch.bfloat16 else "ieee"
         yield from aot.record(
-            f"{str(dtype).removeprefix('torch.')}-{tokens}-{num_experts}-{topk}",
-            functools.partial(
-                _launch_meta, dtype, tokens, num_experts, topk, scoring, renormalize,
-                scoring == "sigmoid",
-            ),
+            f"{str(dtype).removeprefix('torch.')}-{name}",
+            functools.partial(_launch_meta, dtype, tokens, num_experts, *options),
             products={
-                "_routing_fwd_kernel": half,
+                "_routing_fwd_kernel": "ieee" if dtype == torch.float32 else aot.FEW_ROWS,
                 "_routing_d_x_kernel": backward,
                 "_routing_d_weight_kernel": backward,
             },
-            quick=num_experts == 32,
-        )  # fmt: skip
+            quick=quick,
+        )
+        yield from aot.record(
+            f"given-{name}",
+            functools.partial(_launch_given_meta, tokens, num_experts, *options),
+            products={},
+            quick=quick,
+        )
