@@ -10,6 +10,7 @@ from medgpt_kernels.routing.op import routing_from_topk
 
 BACKENDS = [b for b in testing.backend_modules("experts") if b != "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTERPRETING = testing.interpreting()
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
@@ -109,9 +110,12 @@ def outputs(backend, inputs, compute=None, **options):
     return {"y": y.detach(), **{f"d_{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
-def check(backend, inputs, *more_draws, **options):
-    """Hold every output to the rule; the errors of several draws are pooled."""
-    draws = [inputs, *more_draws]
+def check(backend, inputs, *more_draws, brief=INTERPRETING, **options):
+    """Hold every output to the rule; the errors of several draws are pooled.
+
+    brief: of one draw only, since Triton's interpreter takes a second each.
+    """
+    draws = [inputs] if brief else [inputs, *more_draws]
     truth, eager, actual = (
         [outputs(name, t, compute, **options) for t in draws]
         for name, compute in (("reference", torch.float64), ("reference", None), (backend, None))
@@ -221,6 +225,88 @@ def test_outlier_block(backend, tokens):
         inputs["x"][:, :32] *= 4096
         inputs["gate_up_proj"].scales[:, :, 0] -= 12  # its products stay beside the others'
     check(backend, *draws)
+
+
+# What only the Triton kernels have: skewed schedules, ranks beside a tile, decoding in registers
+
+triton_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+
+
+@triton_only
+def test_schedule_of_uneven_experts(backend):
+    """Empty experts first, last and between, one row, a full tile, a tile and a row."""
+    counts = {1: 1, 3: 32, 4: 33, 7: 65}
+    ids = torch.cat([torch.full((n, 1), e) for e, n in counts.items()])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    check(backend, make(len(ids), 32, 32, experts=9, topk=1, ids=ids))
+
+
+@triton_only
+@pytest.mark.parametrize("experts", [1, 200])
+def test_numbers_of_experts(backend, experts):
+    check(backend, make(6, 32, 16, experts=experts, topk=1))
+
+
+@triton_only
+@pytest.mark.parametrize("rank", [3, 70])
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_lora_ranks(backend, rank, tokens):
+    """Above and below FEW_TOKENS; a rank past BLOCK_R."""
+    draws = [make(tokens, 32, 48, rank=rank, draw=n) for n in range(6 if tokens == 4 else 1)]
+    check(backend, *draws, brief=False)
+
+
+@triton_only
+@pytest.mark.parametrize("limit", [0.3, 7.01])
+def test_kept_pre_activations_stay_on_their_side_of_the_limit(backend, limit):
+    """A bf16 place away at most; the fp32 call says where the sum lies."""
+    inputs = make(40, dtype=torch.bfloat16)
+    tensors = {n: t if n == "topk_ids" else t.float() for n, t in inputs.items()}
+    kept = []
+    for given in (inputs, tensors):
+        data = routing_from_topk(given["topk_ids"], given["topk_weights"].float(), 6)
+        with mk.backend(backend):
+            _, pre = torch.ops.medgpt_kernels.experts_fwd.default(
+                given["x"], data.topk_weights, *data[3:6], given["gate_up_proj"], None,
+                given["gate_up_proj_bias"], given["down_proj"], None, given["down_proj_bias"],
+                *[None] * 4, "swiglu_oai", "interleaved", "in_out", 1.702, limit, 1.0, True,
+            )  # fmt: skip
+        kept.append(pre.float())
+    narrow, exact = kept
+    for place, sizes in ((0, lambda t: t), (1, torch.abs)):
+        a, b = sizes(narrow[:, place::2]), sizes(exact[:, place::2])
+        assert torch.equal(a > limit, b > limit)
+    assert ((narrow - exact).abs() <= exact.abs() * 2**-7 + 1e-6).all()
+
+
+@triton_only
+@dtypes
+def test_every_byte_and_scale_decodes_as_the_reference(backend, dtype):
+    """All 256 bytes under scales at both ends and between, bit for bit."""
+    import triton
+    import triton.language as tl
+
+    from medgpt_kernels.experts.triton_gemm import _unpack
+
+    @triton.jit
+    def decode(Out, Blocks, Scales, rows: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
+        row = tl.arange(0, rows)
+        block = tl.arange(0, 16)
+        mask = (row < rows)[:, None] & (block < 16)[None, :]
+        values = UNPACK(Blocks, Scales, row, block, mask, 256, 16, DTYPE)
+        tl.store(Out + row[:, None] * 512 + tl.arange(0, 512)[None, :], values)
+
+    scales = torch.tensor([0, 1, 2, 3, 23, 100, 111, 127, 128, 140, 200, 251, 252, 253, 254, 255])
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(16, 16, 16).contiguous()
+    scales = scales.to(torch.uint8)[:, None].expand(16, 16).contiguous()
+    found = torch.empty(16, 512, dtype=dtype)
+    width = getattr(tl, str(dtype).split(".")[1])
+    decode[(1,)](found, blocks, scales, rows=16, DTYPE=width, UNPACK=_unpack)
+    expected = Mxfp4Tensor(blocks, scales).dequantize(dtype)
+    assert torch.equal(found.isnan(), expected.isnan())
+    keep = ~expected.isnan()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(found[keep].view(bits), expected[keep].view(bits))
 
 
 # The reference
