@@ -152,6 +152,8 @@ def weight_gradient(call, x: Operand, d_out: Operand, *, out_in: bool, scale: fl
     if columns < config[name]:
         config[name] = max(16, triton.next_power_of_2(columns))
         config["num_warps"] = min(config["num_warps"], 4)
+        if call.x.dtype.itemsize == 2:
+            config["BLOCK_S"] = max(config["BLOCK_S"], 64)
     out = call.empty(call.num_experts, *((outputs, inputs) if out_in else (inputs, outputs)))
     tiles = triton.cdiv(inputs, config["BLOCK_I"]) * triton.cdiv(outputs, config["BLOCK_O"])
     _experts_bwd_weight_kernel[(call.num_experts * tiles,)](

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels.experts.triton_gemm import (
+    CONFIGS,
     check_supported,
     choose,
     choose_token,
@@ -376,6 +377,8 @@ class Call:
         """rows x W (+ bias, + the low-rank addition), [S, width]."""
         out = self.empty(self.rows, weights.width, dtype=dtype)
         tile = self.tile(weights.scales is not None)
+        if low_rank is not None and low_rank["LowRank"] is not None:
+            tile = halved(x, tile, ("sm_80",))
         self.launch(
             _experts_rows_kernel,
             x,
@@ -467,9 +470,11 @@ def experts_fwd(
         hidden = call.empty(call.rows, call.intermediate)
         pre_activation = call.empty(call.rows if keep_pre_activation else 0, weights.width)
         low = call.shrink(call.x, call.gate_up_a, False, gathered=True)
-        crowded = ("sm_100",) if packed or low is not None else ()
+        crowded = ("sm_100",) if packed else ()
         if not call.interleaved:
             crowded += ("sm_80", "sm_86")
+        if low is not None:
+            crowded = CONFIGS
         call.launch(
             _experts_gate_up_kernel,
             call.x,
