@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,12 @@ def interpret(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command],
         env=inherited
-        | {"TRITON_INTERPRET": "1", "MEDGPT_KERNELS_STRICT": "1", "PYTHONPATH": str(ROOT)},
+        | {
+            "TRITON_INTERPRET": "1",
+            "MEDGPT_KERNELS_STRICT": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -39,12 +45,24 @@ def interpret(*command: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="session")
+def interpreted(request):
+    """The runs of all selected files, started at once, one thread each on every core."""
+    chosen = [i.callspec.params for i in request.session.items if "interpreted" in i.fixturenames]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            file: pool.submit(
+                interpret, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}",
+                "-k", "triton",
+            )
+            for file in (params["file"] for params in chosen)
+        }  # fmt: skip
+
+
 @outside
 @pytest.mark.parametrize("file", FILES)
-def test_under_the_interpreter(file):
-    done = interpret(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", "triton"
-    )
+def test_under_the_interpreter(file, interpreted):
+    done = interpreted[file].result()
     closing = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", closing)}
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
