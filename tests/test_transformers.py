@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from medgpt_kernels.integrations import gpt_oss, sequences  # noqa: E402
 from medgpt_kernels.integrations import transformers as integration  # noqa: E402
+from medgpt_kernels.integrations.gpt_oss import FusedGptOssRouter, GptOssTopKRouter  # noqa: E402
 
 WINDOW = 8
 TEXT = {
@@ -594,7 +595,14 @@ def test_patch_reports_and_changes_no_state():
     model = language_model("gpt_oss")
     before = copy.deepcopy(model.state_dict())
     report = integration.patch(model)
-    assert report == {f"model.layers.{n}.self_attn": "FusedGptOssAttention" for n in range(4)}
+    assert report == {
+        f"model.layers.{n}.{part}": name
+        for n in range(4)
+        for part, name in (
+            ("self_attn", "FusedGptOssAttention"),
+            ("mlp.router", "FusedGptOssRouter"),
+        )
+    }
     assert integration.patch(model) == {}
     assert integration.patch(model, strict=True) == {}
     after = model.state_dict()
@@ -620,6 +628,10 @@ def test_patched_model_under_another_implementation():
     model = language_model("gpt_oss")
     mine = ours(model, "patched")
     mine.set_attn_implementation("eager")
+    mine.set_experts_implementation("eager")
+    for module in mine.modules():
+        if isinstance(module, FusedGptOssRouter):
+            module.__class__ = GptOssTopKRouter
     assert torch.equal(mine(tokens(2, 20)).logits, model(tokens(2, 20)).logits)
 
 
@@ -645,7 +657,7 @@ def test_patch_finds_gpt_oss_inside_a_vision_language_model():
     pixels = torch.randn(1, 3, 32, 32)
     expected = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
     report = integration.patch(model)
-    assert len(report) == 4
+    assert len(report) == 8  # attention and routers
     assert config.get_text_config()._attn_implementation == "medgpt_kernels"
     torch.testing.assert_close(
         model(input_ids=ids, pixel_values=pixels, use_cache=False).logits, expected

@@ -50,23 +50,31 @@ class FusedGptOssAttention(GptOssAttention):
     rotary_tables: RotaryTables
 
     def forward(
-        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask,
+        cache=None,
+        *,
+        past_key_values=None,  # cache's name before transformers 5.24
+        **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         if self.config._attn_implementation != interface.NAME:
             return super().forward(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, attention_mask, cache, **kwargs
             )
         rows = hidden_states.shape[:-1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
         positions, options = kwargs.get("position_ids"), {}
-        if past_key_values is not None:
+        if cache is not None:
             if positions is None:
                 raise ValueError("medgpt_kernels: expected position_ids with a KV cache, got None")
-            reach = past_key_values.get_seq_length(self.layer_idx) + rows[1]
+            reach = cache.get_seq_length(self.layer_idx) + rows[1]
             tables = self.rotary_tables.on(q.device, reach)
             q, k = apply_rotary(q, k, tables, position_ids=positions)
-            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         is_causal = interface.looks_back_only(
             self, kwargs.pop("is_causal", None), self.sliding_window
@@ -76,7 +84,7 @@ class FusedGptOssAttention(GptOssAttention):
         sequences = interface.find_sequences(
             self, q, k, attention_mask, is_causal, self.sliding_window, kwargs
         )
-        if past_key_values is None:
+        if cache is None:
             options = self._rotary_options(q, sequences, positions, kwargs)
         out = interface.attend(
             q,
