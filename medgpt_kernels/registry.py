@@ -213,12 +213,18 @@ def _refuse_forward_mode(name: str, args: tuple) -> None:
             raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on this device type now; None where it is off, or unknown ("meta")."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast wants them where it is on: float ones cast, all but fp64."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     narrow = (t.dtype.is_floating_point and t.dtype != torch.float64 for t in tensors)
     return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, narrow, strict=True))
 

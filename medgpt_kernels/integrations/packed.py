@@ -32,11 +32,11 @@ class PackedExperts(torch.nn.Module):
     is_concatenated, is_transposed, has_bias, has_gate = False, False, True, True
     _apply_gate = GptOssExperts._apply_gate
 
-    def __init__(self, config, dtype: torch.dtype):
+    def __init__(self, dense: GptOssExperts):
         super().__init__()
-        self.num_experts = config.num_local_experts
-        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
-        hidden, inner = config.hidden_size, config.intermediate_size
+        self.num_experts, self.alpha, self.limit = dense.num_experts, dense.alpha, dense.limit
+        _, inner, hidden = dense.down_proj.shape
+        dtype = dense.down_proj.dtype
         for name, rows, columns in (
             ("gate_up_proj", 2 * inner, hidden),
             ("down_proj", hidden, inner),
@@ -85,8 +85,7 @@ class PackedQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, GptOssExperts):
                 with torch.device(module.down_proj.device):
-                    made = PackedExperts(module.config, module.down_proj.dtype)
-                model.set_submodule(name, made)
+                    model.set_submodule(name, PackedExperts(module))
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

@@ -188,8 +188,8 @@ def patch_embed(
             are asserted on the device instead).
     """
     device_type = images.pixels.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = registry.autocast_dtype(device_type)
+    if dtype is not None:
         weight, bias, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, prefix))
         if position_embedding is not None and position_embedding.dtype != dtype:
             position_embedding = position_embedding.float()

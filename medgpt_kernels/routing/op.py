@@ -64,8 +64,8 @@ def routing(
             out of range and logits that are NaN (on a GPU their tokens' weights are NaN).
     """
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = registry.autocast_dtype(device_type)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
     _check_router(x, weight, bias)
