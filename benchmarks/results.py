@@ -188,11 +188,18 @@ def markdown(run: dict) -> str:
 
 
 def save(run: dict, folder: Path) -> list[Path]:
-    """Write <machine>-<date>.json and .md; a short run says so in its name."""
+    """Write <machine>-<date>.json and .md; a short run says so in its name.
+
+    Groups of an earlier run of that day, machine and versions stay where this run has none.
+    """
     folder.mkdir(exist_ok=True)
     machine = re.sub(r"[^a-z0-9]+", "-", run["machine"].lower()).strip("-")
     stem = f"{machine}-{run['date']}{'-short' if run['short'] else ''}"
     paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    if paths[0].exists():
+        earlier = json.loads(paths[0].read_text())
+        if earlier["versions"] == run["versions"]:
+            run = {**run, "groups": earlier["groups"] | run["groups"]}
     paths[0].write_text(json.dumps(run, indent=1) + "\n")
     paths[1].write_text(markdown(run))
     return paths

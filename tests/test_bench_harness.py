@@ -13,6 +13,7 @@ TRUTH = torch.linspace(1, 2, 64, dtype=torch.float64)
 
 @pytest.fixture(autouse=True)
 def made_up_roofs(monkeypatch):
+    monkeypatch.setattr(harness, "FAST_SECONDS", 0.0)
     monkeypatch.setattr(roofline, "measure", lambda device: Roofs(10.0, {torch.float32: 100.0}))
 
 
@@ -116,3 +117,9 @@ def test_replay_gives_the_recorded_durations():
     benchmark = Benchmark()
     harness.replay(benchmark, [0.25, 0.5, 0.125])
     assert benchmark.seen == [0.25, 0.5, 0.125]
+
+
+def test_a_fast_contender_runs_more_rounds(monkeypatch):
+    monkeypatch.setattr(harness, "FAST_SECONDS", 10.0)
+    found = harness.measure(group(), ["reference"], rounds=2, slow_rounds=1)
+    assert len(found.outcomes["reference"].times) == 6
