@@ -250,7 +250,11 @@ def direct(op: Callable, device_type: str = "cpu") -> Callable:
 
 
 def _plain(args: tuple, device_type: str) -> bool:
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -275,3 +275,14 @@ def test_poisoned_empty_and_tolerance():
         testing.assert_close(eager, holes.float(), holes)
     with pytest.raises(testing.ToleranceError, match="integers differ in 1"):
         testing.assert_close(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 3]))
+
+
+def test_forward_mode_is_refused_past_the_dispatcher_too():
+    """Calls without gradients go past PyTorch's dispatcher, which would have kept the tangent."""
+    import torch.autograd.forward_ad as forward_ad
+
+    x, weight = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            mk.routing(dual, weight, None, 2)

@@ -628,7 +628,8 @@ def test_patched_model_under_another_implementation():
     model = language_model("gpt_oss")
     mine = ours(model, "patched")
     mine.set_attn_implementation("eager")
-    mine.set_experts_implementation("eager")
+    mine.set_experts_implementation("eager")  # behind the fused router
+    torch.testing.assert_close(mine(tokens(2, 20)).logits, model(tokens(2, 20)).logits)
     for module in mine.modules():
         if isinstance(module, FusedGptOssRouter):
             module.__class__ = GptOssTopKRouter

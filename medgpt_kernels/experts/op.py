@@ -82,11 +82,10 @@ def experts(
             f"experts: expected both weights dense or both Mxfp4Tensor, got "
             f"{type(gate_up_proj).__name__} and {type(down_proj).__name__}"
         )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        if not packed:
-            gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    if packed:
+        (x,) = registry.autocast(x)
+    else:
+        x, gate_up_proj, down_proj = registry.autocast(x, gate_up_proj, down_proj)
     for name, value, names in (
         ("activation", activation, ("swiglu_oai", "swiglu")),
         ("gate_up_layout", gate_up_layout, ("interleaved", "concatenated")),

@@ -126,7 +126,9 @@ def add_expert_lora(
         shape = layer.gate_up_proj.shape
         hidden, width = shape[1:] if in_out else reversed(shape[1:])
         like = {"dtype": dtype, "device": layer.gate_up_proj.device}
-        layer.lora = LoraPairs(layer.num_experts, hidden, width, rank, alpha or rank, like)
+        layer.lora = LoraPairs(
+            layer.num_experts, hidden, width, rank, rank if alpha is None else alpha, like
+        )
     return [p for layer in layers for p in layer.lora.parameters()]
 
 
@@ -136,7 +138,7 @@ class FusedGptOssRouter(GptOssTopKRouter):
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, self.hidden_dim)
         data = routing(x, self.weight, self.bias, self.top_k)
-        return data.logits, data.topk_weights, data.topk_ids
+        return data.logits, data.topk_weights, data.topk_ids.long()  # eager experts index by them
 
 
 def _refuse(expected: str, got) -> NoReturn:
