@@ -14,19 +14,30 @@ namespace grouped {
 namespace {
 constexpr int64_t kRowBlock = 384;
 constexpr int64_t kDepth = 256;                                      // of a packed chunk of weights
+constexpr int64_t kPause = 16;                                       // to ask for memory
 constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a tile's columns
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
 // With no more rows than these an expert's weights are multiplied as they stream by, not packed.
 constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
 
-// c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR], summed in steps
-template <int MR, int64_t STEP = kDepthStep>
+struct Nothing {
+  void operator()() const {}
+};
+
+// c [MR][stride] (+)= a panel [depth][kMR] x b panel [depth][kNR], summed in steps; `between` is
+// called every kPause of depth.
+template <int MR, int64_t STEP = kDepthStep, typename Between = Nothing>
 void multiply_panels(int64_t depth, const float* a, const float* b, float* c, int64_t stride,
-                     bool first) {
+                     bool first, const Between& between = {}) {
   vf acc[MR][kNV] = {};
-  for (int64_t k = 0; k < depth; k += STEP) {
+  for (int64_t begin = 0; begin < depth; begin += STEP) {
     vf part[MR][kNV] = {};
-    micro_kernel<MR, kNV>(std::min(STEP, depth - k), a + k * kMR, kMR, b + k * kNR, kNR, part);
+    int64_t end = std::min(begin + STEP, depth), pause = 0;
+    for (int64_t k = begin; k < end; k += pause) {
+      between();
+      pause = std::min(std::is_same_v<Between, Nothing> ? STEP : kPause, end - k);
+      micro_kernel<MR, kNV>(pause, a + k * kMR, kMR, b + k * kNR, kNR, part);
+    }
     for (int m = 0; m < MR; m++)
       for (int n = 0; n < kNV; n++) acc[m][n] += part[m][n];
   }
@@ -37,10 +48,17 @@ void multiply_panels(int64_t depth, const float* a, const float* b, float* c, in
     }
 }
 
-using Multiply = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+struct AskAhead {
+  Lines& lines;
+  int64_t count;
+  void operator()() const { lines.ask(count); }
+};
+
+using Multiply = void (*)(int64_t, const float*, const float*, float*, int64_t, bool,
+                          const AskAhead&);
 template <size_t... I>
 constexpr std::array<Multiply, sizeof...(I)> multiply_table(std::index_sequence<I...>) {
-  return {&multiply_panels<I + 1>...};
+  return {&multiply_panels<I + 1, kDepthStep, AskAhead>...};
 }
 constexpr auto kMultiply = multiply_table(std::make_index_sequence<kMR>());
 
@@ -106,7 +124,8 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
   int64_t tiles = (span + width - 1) / width, stride = width * (halves ? 2 : 1);
 #pragma omp parallel
   {
-    Buffer<float> a(floats), b(kDepth * stride), c(round_up(most, kMR) * stride), line(deepest);
+    Buffer<float> a(floats), b(panel_size(kDepth) * (stride / kNR)),
+        c(round_up(most, kMR) * stride), line(deepest);
     const RowBlock* packed = nullptr;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < static_cast<int64_t>(blocks.size()) * tiles; task++) {
@@ -127,19 +146,19 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
         } else {
           if (packed != &block) pack_rows(s.a, block.row, block.rows, line.get(), at);
           for (int64_t k = 0; k < depth; k += kDepth) {
-            int64_t deep = std::min(kDepth, depth - k);
+            int64_t deep = std::min(kDepth, depth - k), next = std::min(kDepth, depth - k - deep);
             pack_weights(matrix, k, deep, columns, b.get());
-            int64_t next = std::min(kDepth, depth - k - deep), share = 0;
-            int64_t shares =
-                (block.rows + kMR - 1) / kMR * columns.parts * ((columns.count + kNR - 1) / kNR);
+            int64_t pauses = (block.rows + kMR - 1) / kMR * columns.parts *
+                             ((columns.count + kNR - 1) / kNR) * ((deep + kPause - 1) / kPause);
+            Lines lines(matrix, k + deep, next, columns);
+            AskAhead ask{lines, (lines.count() + pauses - 1) / pauses};
             for (int64_t m = 0; m < block.rows; m += kMR) {
               Multiply multiply = kMultiply[std::min<int64_t>(kMR, block.rows - m) - 1];
               for (int part = 0; part < columns.parts; part++)
                 for (int64_t j = 0; j < columns.count; j += kNR) {
                   int64_t place = columns.at[part] + j;
-                  prefetch_weights(matrix, k + deep, next, columns, share++, shares);
-                  multiply(deep, at + m * depth + k * kMR, b.get() + place * deep,
-                           c.get() + m * stride + place, stride, first && k == 0);
+                  multiply(deep, at + m * depth + k * kMR, b.get() + place / kNR * panel_size(deep),
+                           c.get() + m * stride + place, stride, first && k == 0, ask);
                 }
             }
           }

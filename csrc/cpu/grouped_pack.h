@@ -24,9 +24,13 @@ inline Matrix matrix_of(const Stack& stack, int64_t expert) {
   return {&stack, static_cast<const char*>(stack.data) + expert * size * bytes, nullptr};
 }
 
-// Where column c of a packed chunk of `depth` rows lies: panels [c / kNR][k][kNR].
+// Floats between the panels of a packed chunk of `depth` rows. A power of two would let the panels
+// that one row of weights goes to evict each other.
+inline int64_t panel_size(int64_t depth) { return (depth + 1) * kNR; }
+
+// Where column c of it lies: panels [c / kNR][k][kNR].
 inline float* packed_at(float* out, int64_t depth, int64_t k, int64_t c) {
-  return out + (c / kNR * depth + k) * kNR + c % kNR;
+  return out + c / kNR * panel_size(depth) + k * kNR + c % kNR;
 }
 
 // Columns [n0, n0 + count) and rows [k0, k0 + depth) to places [at, at + round_up(count, kNR)).
@@ -133,17 +137,45 @@ inline void pack_weights(const Matrix& b, int64_t k0, int64_t depth, const Colum
   }
 }
 
-// Asks for one of `shares` parts of the weights that pack_weights reads next. Only short runs of
-// dense rows need it: there every row is another page, which the hardware does not see coming.
-inline void prefetch_weights(const Matrix& b, int64_t k0, int64_t depth, const Columns& columns,
-                             int64_t share, int64_t shares) {
-  const Stack& of = *b.of;
-  if (of.scales != nullptr || !of.n_contiguous) return;
-  int64_t bytes = of.dtype == DType::kF32 ? 4 : 2;
-  for (int64_t k = k0 + depth * share / shares; k < k0 + depth * (share + 1) / shares; k++)
-    for (int part = 0; part < columns.parts; part++) {
-      const char* row = static_cast<const char*>(b.data) + (k * of.n + columns.begin[part]) * bytes;
-      for (int64_t at = 0; at < columns.count * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+// The cache lines of a chunk of weights, asked for a few at a time before it is packed. Only short
+// runs of dense rows need it: there every row is another page, which the hardware does not see
+// coming. The processor drops a prefetch from a page that it has not looked up, and those of a long
+// burst; hence the loads, a row ahead, and the few at a time.
+class Lines {
+ public:
+  Lines(const Matrix& b, int64_t k, int64_t depth, const Columns& columns) {
+    const Stack& of = *b.of;
+    if (of.scales != nullptr || !of.n_contiguous || depth == 0) return;
+    int64_t bytes = of.dtype == DType::kF32 ? 4 : 2;
+    stride_ = of.n * bytes, run_ = columns.count * bytes, depth_ = depth, parts_ = columns.parts;
+    for (int part = 0; part < parts_; part++)
+      begin_[part] = static_cast<const char*>(b.data) + (k * of.n + columns.begin[part]) * bytes;
+    start(0);
+  }
+  int64_t count() const { return (run_ + 63) / 64 * depth_ * parts_; }
+  void ask(int64_t count) {
+    for (; count > 0 && rows_ > 0; count--) {
+      __builtin_prefetch(row_ + at_, 0, 3);
+      at_ += 64;
+      if (at_ >= run_) next_row();
     }
-}
+  }
+
+ private:
+  void start(int part) {
+    part_ = part, row_ = begin_[part], rows_ = depth_, at_ = 0, look_up(row_);
+  }
+  void next_row() {
+    at_ = 0, row_ += stride_;
+    if (--rows_ > 1)
+      look_up(row_ + stride_);
+    else if (rows_ == 0 && part_ + 1 < parts_)
+      start(part_ + 1);
+  }
+  static void look_up(const char* p) { (void)*static_cast<const volatile char*>(p); }
+
+  const char *begin_[2] = {}, *row_ = nullptr;
+  int64_t stride_ = 0, run_ = 0, depth_ = 0, rows_ = 0, at_ = 0;
+  int parts_ = 0, part_ = 0;
+};
 }  // namespace grouped
