@@ -40,7 +40,7 @@ def distinct_logits(tokens, experts, dtype=torch.float32, seed=0):
 
 def noise(t, seed):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(t.shape, generator=g).to(t)
+    return torch.randn(t.shape, generator=g, dtype=torch.float32).to(t)
 
 
 def with_gradients(call, leaves):
@@ -293,6 +293,28 @@ def test_cpu_threads_do_not_change_results(threads):
             torch.set_num_threads(before)
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
+
+
+@every
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_default_dtype_is_not_read(backend, default):
+    """A process that loads a model in bf16 often leaves it the default."""
+    tensors = [t.requires_grad_() for t in make(300, 96)]
+    before = torch.get_default_dtype()
+    with mk.backend(backend):
+        expected = with_gradients(lambda *t: mk.routing(*t, 4), tensors)
+        logits = expected["logits"].detach().requires_grad_()
+        try:
+            torch.set_default_dtype(default)
+            found = with_gradients(lambda *t: mk.routing(*t, 4), tensors)
+            again = with_gradients(lambda t: mk.routing_from_logits(t, 4), [logits])
+        finally:
+            torch.set_default_dtype(before)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        assert value.dtype == expected[name].dtype, name
+    assert torch.equal(again["topk_weights"], expected["topk_weights"])
+    assert again["d_0"].dtype == torch.float32
 
 
 # Losses
