@@ -651,11 +651,28 @@ def test_refuses(change, message):
         ),
         (lambda: mk.routing_from_topk(torch.zeros(3, 2), torch.zeros(3, 2), 4), "int32 or int64"),
         (lambda: mk.routing_from_topk(torch.zeros(3, 2).int(), torch.zeros(3, 2), 0), "num_exper"),
+        (lambda: mk.routing_from_topk(torch.zeros(3, 0).int(), torch.zeros(3, 0), 4), "K >= 1"),
+        (
+            lambda: mk.routing_from_logits(torch.empty(2**29, 4, device="meta"), 4),
+            r"T K below 2\^31 \(int32 indices\), got 536870912 4",
+        ),
     ],
 )
 def test_other_entries_refuse(call, message):
     with pytest.raises(ValueError, match="routing: expected.*" + message):
         call()
+
+
+@pytest.mark.parametrize("backend", WITH_VALUES)
+@pytest.mark.parametrize("wrong", [2**32, 2**32 + 3, -(2**32), 2**63 - 1])
+def test_ids_past_int32_are_refused(backend, wrong):
+    """Cast to int32 they would be ids of other experts."""
+    ids = torch.full((37, 4), wrong)
+    with mk.backend(backend):
+        with pytest.raises(ValueError, match=r"routing: expected topk_ids in 0 \.\.\. 31"):
+            mk.routing(*make(), 4, topk_ids=ids)
+        with pytest.raises(ValueError, match=r"routing: expected topk_ids in 0 \.\.\. 31"):
+            mk.routing_from_topk(ids, torch.ones(37, 4), 32)
 
 
 def test_losses_refuse():
@@ -665,6 +682,13 @@ def test_losses_refuse():
             loss(data)
         with pytest.raises(ValueError, match="got an empty sequence"):
             loss([])
+        with pytest.raises(ValueError, match="one or a sequence, got int"):
+            loss(3)
+        with pytest.raises(ValueError, match="one or a sequence, got Tensor"):
+            loss(torch.zeros(3, 4))
+        layers = [mk.routing_from_logits(torch.zeros(3, n), 2) for n in (4, 5)]
+        with pytest.raises(ValueError, match=r"as many experts each, got \[4, 5\]"):
+            loss(layers)
         with pytest.raises(ValueError, match=r"attention_mask of 3 tokens, got \[4\]"):
             loss(mk.routing_from_logits(torch.zeros(3, 4), 2), torch.ones(4))
 
@@ -678,6 +702,10 @@ def test_nan_is_refused(backend):
             mk.routing(x, weight, bias, 4)
         with pytest.raises(ValueError, match="routing: expected logits without NaN, got NaN"):
             mk.routing_from_logits(torch.full((3, 4), torch.nan), 2)
+        correction = torch.zeros(32)
+        correction[5] = torch.nan
+        with pytest.raises(ValueError, match="without NaN, got NaN"):
+            mk.routing(*make(), 4, scoring="sigmoid", correction_bias=correction)
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
@@ -752,6 +780,18 @@ def test_autocast_keeps_logits_and_weights_in_fp32():
     assert torch.equal(found["logits"], expected.logits)
     assert torch.equal(found["topk_ids"], expected.topk_ids)
     assert all(found[f"d_{i}"].dtype == torch.float32 for i in range(3))
+
+
+def test_autocast_leaves_fp64_alone():
+    """As torch's own: F.linear of fp64 stays fp64 under autocast."""
+    tensors = [t.double() for t in make()]
+    expected = mk.routing(*tensors, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mk.routing(*tensors, 4)
+        narrow = mk.routing(*(t.half() for t in make()), 4)
+    assert found.logits.dtype == torch.float64
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(narrow.logits, mk.routing(*(t.half().bfloat16() for t in make()), 4).logits)
 
 
 @every

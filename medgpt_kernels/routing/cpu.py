@@ -5,6 +5,7 @@ import torch
 from medgpt_kernels import native
 from medgpt_kernels.native import DTYPE_CODES, pointer
 from medgpt_kernels.registry import Unsupported
+from medgpt_kernels.routing.reference import narrow
 
 native.cpu()
 SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
@@ -45,7 +46,7 @@ def _order(slots, num_experts):
 
 def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, renormalize):
     bias, correction_bias = _fp32(bias), _fp32(correction_bias)
-    given = None if topk_ids is None else topk_ids.to(torch.int32).contiguous()
+    given = None if topk_ids is None else narrow(topk_ids).contiguous()
     tokens = logits.shape[0]
     weights = torch.empty(tokens, topk, dtype=torch.float32)
     ids = torch.empty(tokens, topk, dtype=torch.int32)
