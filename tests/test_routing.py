@@ -824,6 +824,28 @@ def test_modes_and_autocast_see_the_operator():
         assert mk.routing(*tensors, 4).logits.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_negated_views_are_resolved():
+    """Memory of x.conj().imag holds the other sign; only the dispatcher reads that bit."""
+    x, weight, bias = make()
+    view = torch.complex(torch.zeros(37, 1), x[:, :1]).conj().imag
+    assert view.is_neg()
+    found = mk.routing(view, weight[:, :1].contiguous(), bias, 4)
+    expected = mk.routing(-x[:, :1], weight[:, :1].contiguous(), bias, 4)
+    assert torch.equal(found.logits, expected.logits)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_holds_the_operator():
+    """Past the dispatcher the outputs would be constants of the trace."""
+    x, weight, bias = make()
+    traced = torch.jit.trace(
+        lambda x: mk.routing(x, weight, bias, 4).logits, (x,), check_trace=False
+    )
+    assert torch.equal(traced(x + 1), mk.routing(x + 1, weight, bias, 4).logits)
+
+
 def test_compiles_at_most_twice():
     from torch._dynamo.testing import CompileCounterWithBackend
 
