@@ -134,7 +134,9 @@ def routing_from_topk(
         raise ValueError(f"routing: expected num_experts >= 1, got {num_experts}")
     _check_ids(topk_ids, topk_ids.shape, num_experts, topk_weights.device)
     if topk_ids.shape[1] < 1:
-        raise ValueError(f"routing: expected topk_ids [T, K] with K >= 1, got {list(topk_ids.shape)}")
+        raise ValueError(
+            f"routing: expected topk_ids [T, K] with K >= 1, got {list(topk_ids.shape)}"
+        )
     _check_slots(*topk_ids.shape)
     wide = torch.promote_types(topk_weights.dtype, torch.float32)
     ids = narrow(topk_ids)
@@ -196,7 +198,9 @@ def router_z_loss(
 def _layers(op: str, data, attention_mask) -> Sequence[RoutingData]:
     layers = [data] if isinstance(data, RoutingData) else data
     if not isinstance(layers, Sequence) or not all(isinstance(d, RoutingData) for d in layers):
-        raise ValueError(f"{op}: expected RoutingData, one or a sequence, got {type(data).__name__}")
+        raise ValueError(
+            f"{op}: expected RoutingData, one or a sequence, got {type(data).__name__}"
+        )
     if not layers or any(layer.logits is None for layer in layers):
         raise ValueError(
             f"{op}: expected RoutingData with logits, got "
