@@ -227,6 +227,28 @@ def test_outlier_block(backend, tokens):
     check(backend, *draws)
 
 
+@backends
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_closed_gates_contribute_nothing(backend, dtype, activation):
+    """One expert's gate far below 0, as a half even -inf where eager makes NaN of it."""
+    draws = [make(dtype=dtype, draw=n) for n in range(3)]
+    for inputs in draws:
+        inputs["x"][:, 0] = 100
+        inputs["gate_up_proj"][1, 0, 0] = -100
+        inputs["gate_up_proj_bias"][1, 0] = -1e37 if dtype == torch.float32 else -6e4
+    check(backend, *draws, activation=activation)
+
+
+@backends
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+def test_nan_goes_where_eager_takes_it(backend, activation):
+    inputs = make()
+    inputs["x"][7, 3] = torch.nan
+    found = check(backend, inputs, activation=activation)
+    assert found["y"].isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
 # What only the Triton kernels have: skewed schedules, ranks beside a tile, decoding in registers
 
 triton_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
