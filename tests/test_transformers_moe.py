@@ -63,6 +63,14 @@ def test_gpt_oss_experts():
     hold(model, with_our_experts(model), plain(tokens(2, 19)))
 
 
+@pytest.mark.filterwarnings("ignore:.*the reference takes over")
+def test_fp64_models_stay_fp64():
+    """Routing weights too: rounded to fp32 they would be nine digits off."""
+    model = language_model("gpt_oss").double().eval()
+    expected = model(tokens(2, 19)).logits
+    assert_close(with_our_experts(model)(tokens(2, 19)).logits, expected, expected)
+
+
 def test_patched_gpt_oss_with_auxiliary_loss():
     """Router logits are recorded through the patched class, and their loss reaches the router."""
     model = language_model("gpt_oss")

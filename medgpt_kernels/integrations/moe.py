@@ -29,7 +29,7 @@ def experts_forward(
     options = gate_of(self)
     data = routing_from_topk(
         top_k_index.reshape(x.shape[0], -1),
-        top_k_weights.reshape(x.shape[0], -1).float(),
+        top_k_weights.reshape(x.shape[0], -1),
         self.num_experts,
     )
     y = experts(
