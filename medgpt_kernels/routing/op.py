@@ -220,9 +220,9 @@ def _layers(op: str, data, attention_mask) -> Sequence[RoutingData]:
 
 
 def _check_router(x, weight, bias) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[1] < 1:
         raise ValueError(
-            f"routing: expected x [T, H] and weight [E, H], got {list(x.shape)} and "
+            f"routing: expected x [T, H] and weight [E, H], H >= 1, got {list(x.shape)} and "
             f"{list(weight.shape)}"
         )
     if not x.dtype.is_floating_point or weight.dtype != x.dtype:
