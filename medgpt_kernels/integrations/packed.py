@@ -143,6 +143,9 @@ def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloa
     absent = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if absent:  # transformers would leave them at random
         _fail(f"every weight of {name} in {directory}", f"{len(absent)} without, as {absent[0]}")
+    for parameter in model.parameters():  # transformers 5.17 keeps the files' dtype under new names
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
