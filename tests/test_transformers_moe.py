@@ -385,6 +385,20 @@ def test_other_quantisations_are_refused(tmp_path):
         integration.load_mxfp4(tmp_path)
 
 
+def test_lora_needs_experts_that_add_it():
+    model = language_model("gpt_oss")
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"a rank >= 1, got 4 layers and rank {wrong}"):
+            integration.add_expert_lora(with_our_experts(model), wrong)
+    with pytest.raises(ValueError, match="which adds LoRA, got eager"):
+        integration.add_expert_lora(model, 4)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    mine = with_our_experts(model)
+    assert len(integration.add_expert_lora(mine, 4)) == 4 * 4
+    with pytest.raises(ValueError, match="experts without LoRA"):
+        integration.add_expert_lora(mine, 4)
+
+
 def test_lora_on_packed_experts_trains_as_on_dense_ones(tmp_path):
     """Same seeds, same data: the curve on packed weights is that on dequantised dense ones."""
     eager = language_model("gpt_oss", **PACKABLE)

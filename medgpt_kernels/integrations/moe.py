@@ -109,7 +109,8 @@ def add_expert_lora(
         The new parameters. Nothing else of the model changes, frozen or not.
 
     Raises:
-        ValueError: no experts in the model, rank < 1, or LoRA there already.
+        ValueError: no experts in the model, dense ones that another implementation serves (it
+            would leave LoRA out), rank < 1, or LoRA there already.
     """
     layers = [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj")]
     layers = [m for m in layers if hasattr(m, "num_experts")]
@@ -121,6 +122,10 @@ def add_expert_lora(
         refuse("experts without LoRA and a rank >= 1", f"{len(layers)} layers and rank {rank}")
     for layer in layers:
         gate_of(layer)
+        theirs = getattr(getattr(layer, "config", None), "_experts_implementation", None)
+        if torch.is_tensor(layer.gate_up_proj) and theirs != "medgpt_kernels":
+            refuse('experts_implementation="medgpt_kernels", which adds LoRA', theirs)
+    for layer in layers:
         in_out = layer.is_transposed and torch.is_tensor(layer.gate_up_proj)
         shape = layer.gate_up_proj.shape
         hidden, width = shape[1:] if in_out else reversed(shape[1:])
