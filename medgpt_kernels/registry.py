@@ -233,7 +233,8 @@ def direct(op: Callable, device_type: str = "cpu") -> Callable:
     """`op`, called past PyTorch's dispatcher where that has nothing to do.
 
     Its Python layers cost more than some kernels of a decoding step. They are left out for plain
-    CPU tensors under torch.no_grad(), outside torch.compile, dispatch modes and transforms.
+    CPU tensors under torch.no_grad(), outside torch.compile, torch.jit.trace, dispatch modes and
+    transforms.
     """
     kernel = _bind(op.operator, device_type)
 
@@ -254,6 +255,7 @@ def _plain(args: tuple, device_type: str) -> bool:
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
     ):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -261,7 +263,7 @@ def _plain(args: tuple, device_type: str) -> bool:
     for a in args:
         kind = type(a)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if a.device.type != device_type:
+            if a.device.type != device_type or a.is_neg():  # pointers know nothing of a lazy minus
                 return False
         elif isinstance(a, torch.Tensor):
             return False

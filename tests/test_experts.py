@@ -227,6 +227,28 @@ def test_outlier_block(backend, tokens):
     check(backend, *draws)
 
 
+@backends
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_closed_gates_contribute_nothing(backend, dtype, activation):
+    """One expert's gate far below 0, as a half even -inf where eager makes NaN of it."""
+    draws = [make(dtype=dtype, draw=n) for n in range(3)]
+    for inputs in draws:
+        inputs["x"][:, 0] = 100
+        inputs["gate_up_proj"][1, 0, 0] = -100
+        inputs["gate_up_proj_bias"][1, 0] = -1e37 if dtype == torch.float32 else -6e4
+    check(backend, *draws, activation=activation)
+
+
+@backends
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+def test_nan_goes_where_eager_takes_it(backend, activation):
+    inputs = make()
+    inputs["x"][7, 3] = torch.nan
+    found = check(backend, inputs, activation=activation)
+    assert found["y"].isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
 # What only the Triton kernels have: skewed schedules, ranks beside a tile, decoding in registers
 
 triton_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
@@ -645,14 +667,46 @@ def test_gradients_of_clamped_values_vanish(backend):
         ({"activation": "gelu"}, "activation swiglu_oai or swiglu, got 'gelu'"),
         ({"gate_up_layout": "halves"}, "gate_up_layout interleaved or concatenated"),
         ({"weight_layout": "nk"}, "weight_layout in_out or out_in"),
+        ({"gate_up_proj": torch.zeros(6, 64, 0), "down_proj": torch.zeros(6, 0, 64)}, "I >= 1"),
+        (
+            {
+                "x": torch.zeros(45, 0),
+                "gate_up_proj": torch.zeros(6, 0, 192),
+                "down_proj": torch.zeros(6, 96, 0),
+            },
+            r"E, H and I >= 1, got \[6, 0, 192\]",
+        ),
+        (
+            {"gate_up_a": torch.zeros(6, 0, 64), "gate_up_b": torch.zeros(6, 192, 0)},
+            r"R >= 1, got \[6, 0, 64\]",
+        ),
+        ({"limit": -1.0}, "limit >= 0, got -1.0"),
+        ({"limit": float("nan")}, "limit >= 0, got nan"),
+        ({"limit": None}, "a number for limit, got None"),
+        ({"alpha": "1"}, "a number for alpha, got '1'"),
+        ({"activation": "swiglu", "limit": 10.0}, "neither alpha nor limit with activation swiglu"),
+        ({"activation": "swiglu", "alpha": 1.0}, "neither alpha nor limit with activation swiglu"),
+        ({"lora": (None,) * 4}, "lora as ExpertLora or None, got tuple"),
     ],
 )
 def test_refuses(change, message):
     inputs = make()
-    options = {n: change.pop(n) for n in list(change) if "layout" in n or n == "activation"}
+    options = {n: t for n, t in change.items() if n not in inputs and n not in LORA}
+    change = {n: t for n, t in change.items() if n not in options}
     pairs = dict.fromkeys(LORA) if any(n in LORA for n in change) else {}
     with pytest.raises(ValueError, match="experts: expected.*" + message):
         call({**inputs, **pairs, **change}, **options)
+
+
+def test_refuses_what_is_no_routing_data():
+    inputs = make()
+    weights = (inputs["gate_up_proj"], None, inputs["down_proj"], None)
+    data = routing_from_topk(inputs["topk_ids"], inputs["topk_weights"], 6)
+    with pytest.raises(ValueError, match="experts: expected RoutingData, got tuple"):
+        mk.experts(inputs["x"], tuple(data), *weights)
+    none = mk.RoutingData(torch.zeros(45, 0), *data[1:4], *[torch.zeros(0).int()] * 2, None)
+    with pytest.raises(ValueError, match=r"experts: expected topk_weights \[T, K\] with K >= 1"):
+        mk.experts(inputs["x"], none, *weights)
 
 
 def test_refuses_dense_beside_packed():

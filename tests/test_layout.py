@@ -1,5 +1,6 @@
 """One op, one stem: every op has its files, and every file belongs somewhere."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -85,3 +86,25 @@ def test_no_pickle_and_no_remote_code():
 def test_kernels_never_import_medgpt():
     for path in PACKAGE.rglob("*.py"):
         assert not re.search(r"^\s*(from|import) medgpt\b", path.read_text(), re.M), path
+
+
+def allocations_without_dtype(source: str) -> list[str]:
+    """Calls that make tensors of torch's default dtype, but for shapes on "meta" and integers."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not re.fullmatch(
+            r"torch\.(empty|zeros|ones|rand|randn)", ast.unparse(node.func)
+        ):
+            continue
+        named = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if not {"dtype", None} & named.keys() and named.get("device") != "'meta'":
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_name_the_dtype_of_what_they_allocate(op):
+    """A kernel that writes fp32 into a buffer of the default dtype overruns it in bf16."""
+    for path in (PACKAGE / op).glob("*.py"):
+        assert not allocations_without_dtype(path.read_text()), path
+    assert allocations_without_dtype("y = torch.empty(3, device=x.device)")

@@ -40,7 +40,7 @@ def distinct_logits(tokens, experts, dtype=torch.float32, seed=0):
 
 def noise(t, seed):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(t.shape, generator=g).to(t)
+    return torch.randn(t.shape, generator=g, dtype=torch.float32).to(t)
 
 
 def with_gradients(call, leaves):
@@ -293,6 +293,28 @@ def test_cpu_threads_do_not_change_results(threads):
             torch.set_num_threads(before)
     for name, value in found.items():
         assert torch.equal(value, expected[name]), name
+
+
+@every
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_default_dtype_is_not_read(backend, default):
+    """A process that loads a model in bf16 often leaves it the default."""
+    tensors = [t.requires_grad_() for t in make(300, 96)]
+    before = torch.get_default_dtype()
+    with mk.backend(backend):
+        expected = with_gradients(lambda *t: mk.routing(*t, 4), tensors)
+        logits = expected["logits"].detach().requires_grad_()
+        try:
+            torch.set_default_dtype(default)
+            found = with_gradients(lambda *t: mk.routing(*t, 4), tensors)
+            again = with_gradients(lambda t: mk.routing_from_logits(t, 4), [logits])
+        finally:
+            torch.set_default_dtype(before)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        assert value.dtype == expected[name].dtype, name
+    assert torch.equal(again["topk_weights"], expected["topk_weights"])
+    assert again["d_0"].dtype == torch.float32
 
 
 # Losses
@@ -589,7 +611,8 @@ def test_wrong_sort_is_noticed(wrong):
         ({"topk": 33}, r"topk in 1 ... 32 \(experts\), got 33"),
         ({"topk": 0}, r"topk in 1 ... 32 \(experts\), got 0"),
         ({"topk": 2.0}, r"topk in 1 ... 32 \(experts\), got 2.0"),
-        ({"x": torch.zeros(37, 71)}, r"x \[T, H\] and weight \[E, H\], got \[37, 71\]"),
+        ({"x": torch.zeros(37, 71)}, r"x \[T, H\] and weight \[E, H\], H >= 1, got \[37, 71\]"),
+        ({"x": torch.zeros(37, 0), "weight": torch.zeros(32, 0)}, r"H >= 1, got \[37, 0\]"),
         ({"x": torch.zeros(2, 37, 72)}, r"x \[T, H\]"),
         ({"x": torch.zeros(37, 72).bfloat16()}, "one float dtype, got torch.bfloat16 and torch.fl"),
         ({"x": torch.zeros(37, 72).int(), "weight": torch.zeros(32, 72).int()}, "one float dtype"),
@@ -629,11 +652,28 @@ def test_refuses(change, message):
         ),
         (lambda: mk.routing_from_topk(torch.zeros(3, 2), torch.zeros(3, 2), 4), "int32 or int64"),
         (lambda: mk.routing_from_topk(torch.zeros(3, 2).int(), torch.zeros(3, 2), 0), "num_exper"),
+        (lambda: mk.routing_from_topk(torch.zeros(3, 0).int(), torch.zeros(3, 0), 4), "K >= 1"),
+        (
+            lambda: mk.routing_from_logits(torch.empty(2**29, 4, device="meta"), 4),
+            r"T K below 2\^31 \(int32 indices\), got 536870912 4",
+        ),
     ],
 )
 def test_other_entries_refuse(call, message):
     with pytest.raises(ValueError, match="routing: expected.*" + message):
         call()
+
+
+@pytest.mark.parametrize("backend", WITH_VALUES)
+@pytest.mark.parametrize("wrong", [2**32, 2**32 + 3, -(2**32), 2**63 - 1])
+def test_ids_past_int32_are_refused(backend, wrong):
+    """Cast to int32 they would be ids of other experts."""
+    ids = torch.full((37, 4), wrong)
+    with mk.backend(backend):
+        with pytest.raises(ValueError, match=r"routing: expected topk_ids in 0 \.\.\. 31"):
+            mk.routing(*make(), 4, topk_ids=ids)
+        with pytest.raises(ValueError, match=r"routing: expected topk_ids in 0 \.\.\. 31"):
+            mk.routing_from_topk(ids, torch.ones(37, 4), 32)
 
 
 def test_losses_refuse():
@@ -643,6 +683,13 @@ def test_losses_refuse():
             loss(data)
         with pytest.raises(ValueError, match="got an empty sequence"):
             loss([])
+        with pytest.raises(ValueError, match="one or a sequence, got int"):
+            loss(3)
+        with pytest.raises(ValueError, match="one or a sequence, got Tensor"):
+            loss(torch.zeros(3, 4))
+        layers = [mk.routing_from_logits(torch.zeros(3, n), 2) for n in (4, 5)]
+        with pytest.raises(ValueError, match=r"as many experts each, got \[4, 5\]"):
+            loss(layers)
         with pytest.raises(ValueError, match=r"attention_mask of 3 tokens, got \[4\]"):
             loss(mk.routing_from_logits(torch.zeros(3, 4), 2), torch.ones(4))
 
@@ -656,6 +703,10 @@ def test_nan_is_refused(backend):
             mk.routing(x, weight, bias, 4)
         with pytest.raises(ValueError, match="routing: expected logits without NaN, got NaN"):
             mk.routing_from_logits(torch.full((3, 4), torch.nan), 2)
+        correction = torch.zeros(32)
+        correction[5] = torch.nan
+        with pytest.raises(ValueError, match="without NaN, got NaN"):
+            mk.routing(*make(), 4, scoring="sigmoid", correction_bias=correction)
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
@@ -732,6 +783,18 @@ def test_autocast_keeps_logits_and_weights_in_fp32():
     assert all(found[f"d_{i}"].dtype == torch.float32 for i in range(3))
 
 
+def test_autocast_leaves_fp64_alone():
+    """As torch's own: F.linear of fp64 stays fp64 under autocast."""
+    tensors = [t.double() for t in make()]
+    expected = mk.routing(*tensors, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mk.routing(*tensors, 4)
+        narrow = mk.routing(*(t.half() for t in make()), 4)
+    assert found.logits.dtype == torch.float64
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(narrow.logits, mk.routing(*(t.half().bfloat16() for t in make()), 4).logits)
+
+
 @every
 @scorings
 def test_without_gradients(backend, options):
@@ -760,6 +823,28 @@ def test_modes_and_autocast_see_the_operator():
     assert "medgpt_kernels.routing_fwd" in graph.code
     with torch.autocast("cpu", torch.bfloat16), mk.backend("reference"):
         assert mk.routing(*tensors, 4).logits.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_negated_views_are_resolved():
+    """Memory of x.conj().imag holds the other sign; only the dispatcher reads that bit."""
+    x, weight, bias = make()
+    view = torch.complex(torch.zeros(37, 1), x[:, :1]).conj().imag
+    assert view.is_neg()
+    found = mk.routing(view, weight[:, :1].contiguous(), bias, 4)
+    expected = mk.routing(-x[:, :1], weight[:, :1].contiguous(), bias, 4)
+    assert torch.equal(found.logits, expected.logits)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_holds_the_operator():
+    """Past the dispatcher the outputs would be constants of the trace."""
+    x, weight, bias = make()
+    traced = torch.jit.trace(
+        lambda x: mk.routing(x, weight, bias, 4).logits, (x,), check_trace=False
+    )
+    assert torch.equal(traced(x + 1), mk.routing(x + 1, weight, bias, 4).logits)
 
 
 def test_compiles_at_most_twice():

@@ -59,15 +59,20 @@ struct Gate {  // the activation and its slopes at one place
   vf value, d_gate, d_up;
 };
 
+// A gate whose sigmoid is 0 counts as 0: sigmoid() stops at e^-87, and an overflowed half is -inf.
+inline vf unless_closed(vf gate, vf argument) { return argument < -87.0f ? vf{} : gate; }
+
 inline Gate activate(const Problem& p, vf gate, vf up) {
   if (p.plain) {
     vf s = sigmoid(gate);
+    gate = unless_closed(gate, gate);
     return {gate * s * up, up * s * (1.0f + gate * (1.0f - s)), gate * s};
   }
   vf limit = splat(p.limit), g = gate > limit ? limit : gate;
   vf u = up > limit ? limit : up < -limit ? -limit : up;
-  vf s = sigmoid(g * p.alpha), slope = (u + 1.0f) * s * (1.0f + p.alpha * g * (1.0f - s));
-  vf zero = {};
+  vf s = sigmoid(g * p.alpha);
+  g = unless_closed(g, g * p.alpha);
+  vf slope = (u + 1.0f) * s * (1.0f + p.alpha * g * (1.0f - s)), zero = {};
   return {(u + 1.0f) * (g * s), gate <= limit ? slope : zero,
           (up <= limit) & (up >= -limit) ? g * s : zero};
 }

@@ -12,6 +12,8 @@ from medgpt_kernels import registry
 from medgpt_kernels.mxfp4.op import BLOCK, Mxfp4Tensor, check_mxfp4
 from medgpt_kernels.routing.op import RoutingData
 
+_ALPHA, _LIMIT = 1.702, 7.0  # gpt-oss's
+
 
 class ExpertLora(NamedTuple):
     """A low-rank addition to each expert's weights: W + scaling B A, with W as [out, in].
@@ -41,8 +43,8 @@ def experts(
     down_proj: torch.Tensor | Mxfp4Tensor,
     down_proj_bias: torch.Tensor | None,
     *,
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    alpha: float = _ALPHA,
+    limit: float = _LIMIT,
     activation: str = "swiglu_oai",
     gate_up_layout: str = "interleaved",
     weight_layout: str = "in_out",
@@ -62,7 +64,7 @@ def experts(
         down_proj: [E, I, H] or [E, H, I], or an Mxfp4Tensor of logical shape [E, H, I]. Both
             weights are dense or both are MXFP4.
         down_proj_bias: [E, H] or None.
-        alpha, limit: of "swiglu_oai"; "swiglu" has neither.
+        alpha, limit: of "swiglu_oai", limit >= 0; "swiglu" has neither and takes only the defaults.
         activation: "swiglu_oai" clamps gate to at most limit and up to [-limit, limit], then takes
             (up + 1) gate sigmoid(alpha gate); "swiglu" is silu(gate) up.
         gate_up_layout: "interleaved" (gate 0, up 0, gate 1, ...) or "concatenated" (gates, ups).
@@ -94,6 +96,7 @@ def experts(
         if value not in names:
             raise ValueError(f"experts: expected {name} {' or '.join(names)}, got {value!r}")
     lora = ExpertLora() if lora is None else lora
+    _check_options(routing_data, activation, alpha, limit, lora)
     _check(
         x, routing_data, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias,
         weight_layout, lora,
@@ -119,6 +122,23 @@ def _fail(expected, got) -> None:
     raise ValueError(f"experts: expected {expected}, got {got}")
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def _check_options(routing_data, activation, alpha, limit, lora) -> None:
+    if not isinstance(routing_data, RoutingData):
+        _fail("RoutingData", type(routing_data).__name__)
+    if not isinstance(lora, ExpertLora):
+        _fail("lora as ExpertLora or None", type(lora).__name__)
+    for name, value in (("alpha", alpha), ("limit", limit), ("lora's scaling", lora.scaling)):
+        if not isinstance(value, _NUMBERS):
+            _fail(f"a number for {name}", repr(value))
+    if not limit >= 0:  # NaN neither
+        _fail("limit >= 0", limit)
+    if activation == "swiglu" and (alpha != _ALPHA or limit != _LIMIT):
+        _fail("neither alpha nor limit with activation swiglu", f"{alpha} and {limit}")
+
+
 # Messages are made only when they are needed: a size in a string would fix it in a compiled graph.
 def _check(x, routing_data, gate_up, gate_up_bias, down, down_bias, weight_layout, lora) -> None:
     if x.ndim != 2 or not x.dtype.is_floating_point:
@@ -135,6 +155,8 @@ def _check(x, routing_data, gate_up, gate_up_bias, down, down_bias, weight_layou
             _fail(f"lora's {name}_a and {name}_b both or neither", "one only")
         if a is not None:
             rank = a.shape[1] if a.ndim == 3 else 0
+            if rank < 1:
+                _fail(f"lora's {name}_a [E, R, in] with R >= 1", list(a.shape))
             optional[f"lora's {name}_a"] = (a, (num_experts, rank, inputs))
             optional[f"lora's {name}_b"] = (b, (num_experts, outputs, rank))
     for name, (t, shape) in optional.items():
@@ -155,6 +177,8 @@ def _check_weights(x, gate_up, down, weight_layout) -> tuple[int, int]:
     """E and 2 I."""
     if gate_up.ndim != 3 or down.ndim != 3:
         _fail("weights of three dimensions", f"{list(gate_up.shape)} and {list(down.shape)}")
+    if 0 in gate_up.shape or 0 in down.shape:
+        _fail("weights of E, H and I >= 1", f"{list(gate_up.shape)} and {list(down.shape)}")
     if isinstance(gate_up, Mxfp4Tensor):
         check_mxfp4("experts", gate_up)
         check_mxfp4("experts", down)
@@ -184,6 +208,8 @@ def _check_routing(x, routing_data, num_experts) -> None:
             f"float32 topk_weights [{x.shape[0]}, K]",
             f"{topk_weights.dtype} {list(topk_weights.shape)}",
         )
+    if topk_weights.shape[1] < 1:
+        _fail("topk_weights [T, K] with K >= 1", list(topk_weights.shape))
     rows = topk_weights.shape[0] * topk_weights.shape[1]
     for name, length in zip(_INDICES, (num_experts + 1, rows, rows), strict=True):
         t = getattr(routing_data, name)

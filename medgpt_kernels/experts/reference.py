@@ -72,8 +72,8 @@ def activate_bwd(d_hidden, pre_activation, activation, gate_up_layout, alpha, li
     clamped, clamped_up = gate.clamp(max=limit), up.clamp(-limit, limit)
     sigmoid = (clamped * alpha).sigmoid()
     slope = sigmoid * (1 + alpha * clamped * (1 - sigmoid))
-    d_gate.copy_(d_hidden * (clamped_up + 1) * slope * (gate <= limit))
-    d_up.copy_(d_hidden * (clamped * sigmoid) * (up.abs() <= limit))
+    d_gate.copy_((d_hidden * (clamped_up + 1) * slope).where(gate <= limit, 0))
+    d_up.copy_((d_hidden * (clamped * sigmoid)).where(up.abs() <= limit, 0))
     return d_pre
 
 

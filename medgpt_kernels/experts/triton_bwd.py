@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels.experts.triton_bwd_weight import Operand, bias_gradient, weight_gradient
-from medgpt_kernels.experts.triton_fwd import Call, activate
+from medgpt_kernels.experts.triton_fwd import Call, activate, gate_and_sigmoid
 from medgpt_kernels.experts.triton_gemm import (
     CONFIGS,
     experts_block,
@@ -31,13 +31,12 @@ TOPK_CONFIG = {"BLOCK_S": 4, "BLOCK_H": 256, "num_warps": 4}
 def _activate_bwd(d_hidden, gate, up, alpha, limit, PLAIN: tl.constexpr):
     """d_gate and d_up of `activate`; nothing flows where it clamped."""
     if PLAIN:
-        sigmoid = tl.sigmoid(gate)
+        gate, sigmoid = gate_and_sigmoid(gate, 1.0)
         d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         d_up = d_hidden * (gate * sigmoid)
     else:
-        clamped = tl.where(gate > limit, limit, gate)
+        clamped, sigmoid = gate_and_sigmoid(tl.where(gate > limit, limit, gate), alpha)
         clamped_up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        sigmoid = tl.sigmoid(alpha * clamped)
         slope = sigmoid * (1 + alpha * clamped * (1 - sigmoid))
         d_gate = tl.where(gate <= limit, d_hidden * (clamped_up + 1) * slope, 0.0)
         d_up = tl.where(tl.abs(up) <= limit, d_hidden * (clamped * sigmoid), 0.0)

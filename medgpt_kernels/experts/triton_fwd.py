@@ -36,14 +36,22 @@ PRECISION = {"INPUT_PRECISION": "ieee"}
 
 
 @triton.jit
+def gate_and_sigmoid(gate, alpha):
+    """The gate, 0 where closed (a half that overflowed is -inf), and sigmoid(alpha gate)."""
+    sigmoid = tl.sigmoid(alpha * gate)
+    return tl.where(sigmoid == 0, 0.0, gate), sigmoid
+
+
+@triton.jit
 def activate(gate, up, alpha, limit, PLAIN: tl.constexpr):
     """silu(gate) up, or (up + 1) gate sigmoid(alpha gate) of the clamped; NaN stays NaN."""
     if PLAIN:
-        out = gate * tl.sigmoid(gate) * up
+        gate, sigmoid = gate_and_sigmoid(gate, 1.0)
+        out = gate * sigmoid * up
     else:
-        gate = tl.where(gate > limit, limit, gate)
+        gate, sigmoid = gate_and_sigmoid(tl.where(gate > limit, limit, gate), alpha)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        out = (up + 1) * (gate * tl.sigmoid(alpha * gate))
+        out = (up + 1) * (gate * sigmoid)
     return out
 
 

@@ -3,14 +3,13 @@
 T tokens, K experts a token, E experts, H hidden, I intermediate.
 """
 
-from typing import NoReturn
-
 import torch
 from transformers.activations import SiLUActivation
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 
 from medgpt_kernels.experts.op import ExpertLora, experts
+from medgpt_kernels.integrations import refuse
 from medgpt_kernels.routing.op import routing, routing_from_topk
 
 
@@ -30,7 +29,7 @@ def experts_forward(
     options = gate_of(self)
     data = routing_from_topk(
         top_k_index.reshape(x.shape[0], -1),
-        top_k_weights.reshape(x.shape[0], -1).float(),
+        top_k_weights.reshape(x.shape[0], -1),
         self.num_experts,
     )
     y = experts(
@@ -49,11 +48,11 @@ def experts_forward(
 def gate_of(module: torch.nn.Module) -> dict:
     """The options of `experts` that say what a transformers module computes."""
     if not getattr(module, "has_gate", True):
-        _refuse("experts with a gate", type(module).__name__)
+        refuse("experts with a gate", type(module).__name__)
     if getattr(module, "has_post_expert_norm", False):
-        _refuse("experts without a norm after them", type(module).__name__)
+        refuse("experts without a norm after them", type(module).__name__)
     if getattr(module, "_is_expert_parallel", False):
-        _refuse("all experts on one device", "expert parallelism")
+        refuse("all experts on one device", "expert parallelism")
     options = {
         "gate_up_layout": "concatenated" if module.is_concatenated else "interleaved",
         "weight_layout": "in_out" if module.is_transposed else "out_in",
@@ -64,7 +63,7 @@ def gate_of(module: torch.nn.Module) -> dict:
     silu = isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation))
     if gate is moe._default_apply_gate and module.is_concatenated and silu:
         return options | {"activation": "swiglu"}
-    _refuse("silu(gate) up or gpt-oss's clamped gate", f"that of {type(module).__name__}")
+    refuse("silu(gate) up or gpt-oss's clamped gate", f"that of {type(module).__name__}")
 
 
 class LoraPairs(torch.nn.Module):
@@ -110,7 +109,8 @@ def add_expert_lora(
         The new parameters. Nothing else of the model changes, frozen or not.
 
     Raises:
-        ValueError: no experts in the model, rank < 1, or LoRA there already.
+        ValueError: no experts in the model, dense ones that another implementation serves (it
+            would leave LoRA out), rank < 1, or LoRA there already.
     """
     layers = [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj")]
     layers = [m for m in layers if hasattr(m, "num_experts")]
@@ -119,9 +119,13 @@ def add_expert_lora(
         or rank < 1
         or any(isinstance(getattr(m, "lora", None), LoraPairs) for m in layers)
     ):
-        _refuse("experts without LoRA and a rank >= 1", f"{len(layers)} layers and rank {rank}")
+        refuse("experts without LoRA and a rank >= 1", f"{len(layers)} layers and rank {rank}")
     for layer in layers:
         gate_of(layer)
+        theirs = getattr(getattr(layer, "config", None), "_experts_implementation", None)
+        if torch.is_tensor(layer.gate_up_proj) and theirs != "medgpt_kernels":
+            refuse('experts_implementation="medgpt_kernels", which adds LoRA', theirs)
+    for layer in layers:
         in_out = layer.is_transposed and torch.is_tensor(layer.gate_up_proj)
         shape = layer.gate_up_proj.shape
         hidden, width = shape[1:] if in_out else reversed(shape[1:])
@@ -139,7 +143,3 @@ class FusedGptOssRouter(GptOssTopKRouter):
         x = hidden_states.reshape(-1, self.hidden_dim)
         data = routing(x, self.weight, self.bias, self.top_k)
         return data.logits, data.topk_weights, data.topk_ids.long()  # eager experts index by them
-
-
-def _refuse(expected: str, got) -> NoReturn:
-    raise ValueError(f"medgpt_kernels: expected {expected}, got {got}")

@@ -3,10 +3,14 @@
 E experts, H hidden, I intermediate.
 """
 
+import functools
+import json
 import os
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -17,10 +21,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations.moe import experts_forward
 from medgpt_kernels.mxfp4.op import BLOCK, Mxfp4Tensor
 
 METHOD = "medgpt_kernels_mxfp4"
+_fail = functools.partial(refuse, op="load_mxfp4")
 
 
 class PackedExperts(torch.nn.Module):
@@ -107,25 +113,80 @@ def register_packed() -> None:
 def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloat16, **options):
     """See integrations.transformers.load_mxfp4."""
     register_packed()
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        _fail("a directory with config.json", directory)
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    text = config.get_text_config()
     published = getattr(config, "quantization_config", None)
     if published is None:
-        published = getattr(config.get_text_config(), "quantization_config", None)
+        published = getattr(text, "quantization_config", None)
     if not isinstance(published, dict) or published.get("quant_method") != "mxfp4":
-        raise ValueError(
-            f"load_mxfp4: expected a checkpoint of quant_method mxfp4, got {published} in "
-            f"{directory}"
-        )
-    config.quantization_config = PackedConfig(published).__dict__
+        _fail("a checkpoint of quant_method mxfp4", f"{published} in {directory}")
+    if text.model_type != "gpt_oss":
+        _fail("gpt_oss as the model or its text part", text.model_type)
     name = (config.architectures or ["GptOssForCausalLM"])[0]
     model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(f"load_mxfp4: expected an architecture of transformers, got {name}")
-    return model_class.from_pretrained(
+    if not isinstance(config, getattr(model_class, "config_class", None) or ()):
+        _fail(f"an architecture of transformers with {type(config).__name__}", name)
+    _check_tensors(directory, text)
+    config.quantization_config = PackedConfig(published).__dict__
+    model, report = model_class.from_pretrained(
         directory,
         config=config,
         dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
+        output_loading_info=True,
         **options,
     )
+    absent = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    if absent:  # transformers would leave them at random
+        _fail(f"every weight of {name} in {directory}", f"{len(absent)} without, as {absent[0]}")
+    for parameter in model.parameters():  # transformers 5.17 keeps the files' dtype under new names
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _files(directory: Path) -> list[Path]:
+    """The safetensors files that from_pretrained will read, all of this directory."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        _fail("model.safetensors or its index", f"neither in {directory}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _fail(f"a weight_map in {index}", repr(error))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            _fail("names of .safetensors files beside the index", repr(name))
+        if not (directory / name).is_file():
+            _fail(f"{name} in {directory}", "none")
+    return [directory / name for name in names]
+
+
+def _check_tensors(directory: Path, text) -> None:
+    """What the files' headers say: each tensor once, experts' bytes as uint8 in their shapes."""
+    experts, hidden, inner = text.num_local_experts, text.hidden_size, text.intermediate_size
+    shapes = {}
+    for name, rows, columns in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+        scales = [experts, rows, columns // BLOCK]
+        shapes |= {f"{name}_proj_scales": scales, f"{name}_proj_blocks": [*scales, BLOCK // 2]}
+    seen = set()
+    for file in _files(directory):
+        try:
+            with safe_open(file, "pt") as opened:
+                found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                kinds = {n: (t.get_dtype(), list(t.get_shape())) for n, t in found.items()}
+        except SafetensorError as error:
+            _fail(f"a whole safetensors file {file}", error)
+        if twice := seen & kinds.keys():
+            _fail("each tensor in one file", f"{min(twice)} twice")
+        seen |= kinds.keys()
+        for name, (dtype, shape) in kinds.items():
+            wanted = shapes.get(name.rpartition(".")[2])
+            if wanted is not None and (dtype, shape) != ("U8", wanted):
+                _fail(f"{name} as U8 {wanted}", f"{dtype} {shape}")

@@ -12,13 +12,13 @@ B rows of S tokens, H query heads, G key and value heads, D head_dim.
 """
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from medgpt_kernels.attention.op import attention
+from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations.moe import add_expert_lora, experts_forward
 from medgpt_kernels.integrations.sequences import Sequences, from_mask, from_positions
 from medgpt_kernels.rotary.tables import Rotary
@@ -91,7 +91,9 @@ def load_mxfp4(directory, *, dtype: torch.dtype = torch.bfloat16, **options):
         is trainable; `add_expert_lora` adds LoRA pairs.
 
     Raises:
-        ValueError: another quantisation, or an architecture that transformers does not have.
+        ValueError: another quantisation, an architecture that transformers does not have, an index
+            that leads out of the directory, files that are missing or cut short, tensors that are
+            missing, there twice, or of another dtype or shape.
     """
     from medgpt_kernels.integrations import packed
 
@@ -143,15 +145,15 @@ def attention_mask(
     unknown = _unknown_parts(mask_function)
     chunk = getattr(config, "attention_chunk_size", None)
     if use_vmap or unknown or (chunk is not None and chunk == local_size):
-        _refuse("a causal, bidirectional or sliding-window mask", unknown or "another")
+        refuse("a causal, bidirectional or sliding-window mask", unknown or "another")
     causal = "allow_is_bidirectional_skip" not in kwargs  # what bidirectional masks come with
     grown = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if causal and not grown:
-        _refuse("a dynamic KV cache, which ends with the last query", "a static one")
+        refuse("a dynamic KV cache, which ends with the last query", "a static one")
     if attention_mask is None:
         return None
     if attention_mask.shape[1] - kv_length < 0:
-        _refuse(f"an attention_mask of {kv_length} keys", list(attention_mask.shape))
+        refuse(f"an attention_mask of {kv_length} keys", list(attention_mask.shape))
     padding = attention_mask[:, attention_mask.shape[1] - kv_length :]
     if padding.all():
         return None
@@ -186,32 +188,32 @@ def looks_back_only(module: torch.nn.Module, is_causal: bool | None, sliding_win
     """Whether attention is causal: as this call says, else as the module does."""
     own = getattr(module, "is_causal", is_causal)
     if own is None:
-        _refuse("is_causal, given or on the module", f"none on {type(module).__name__}")
+        refuse("is_causal, given or on the module", f"none on {type(module).__name__}")
     if is_causal is None:
         # A decoder turned into an encoder says so in its config only, as its mask does.
         is_causal = own and getattr(module.config, "is_causal", True)
     if own and not is_causal and sliding_window is not None:
         # transformers' own masks and flash attention disagree on this window by one key
-        _refuse("no sliding_window in a decoder turned into an encoder", sliding_window)
+        refuse("no sliding_window in a decoder turned into an encoder", sliding_window)
     return is_causal
 
 
 def check_options(module, dropout, sliding_window, len_k: int, kwargs: dict) -> None:
     """Refuse what attention would otherwise leave undone."""
     if dropout > 0:
-        _refuse("dropout 0", dropout)
+        refuse("dropout 0", dropout)
     for name in ("softcap", "output_attentions", "head_mask"):
         if (given := kwargs.get(name)) is not None and given is not False:
-            _refuse(f"no {name}", given if isinstance(given, (int, float)) else "one")
+            refuse(f"no {name}", given if isinstance(given, (int, float)) else "one")
     used = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     for name, given in kwargs.items():
         known = name in used or name in _OF_NO_CONCERN or name == "deterministic"
         if not known and given is not None and given is not False:
-            _refuse("no other arguments for attention", name)
+            refuse("no other arguments for attention", name)
     if sliding_window is not None and sliding_window < 1:
-        _refuse("a sliding_window of at least 1", sliding_window)
+        refuse("a sliding_window of at least 1", sliding_window)
     if sliding_window is None and len_k > _window_of(module):
-        _refuse(
+        refuse(
             f"the sliding_window of {_window_of(module)} that the config gives this layer",
             f"none from {type(module).__name__}",
         )
@@ -232,16 +234,16 @@ def find_sequences(module, q, k, mask, is_causal, sliding_window, kwargs: dict) 
     cu_q, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
         if cu_q is None and kwargs.get(name) is not None:
-            _refuse(f"cu_seq_lens_q with {name}", "none")
+            refuse(f"cu_seq_lens_q with {name}", "none")
     if mask is not None:
         shapes = ((batch, len_k), (batch, 1, 1, len_k))
         if mask.is_floating_point() or mask.shape not in shapes:
-            _refuse(f"no mask or a padding mask {[batch, len_k]}", f"{mask.dtype} {mask.shape}")
+            refuse(f"no mask or a padding mask {[batch, len_k]}", f"{mask.dtype} {mask.shape}")
     if not is_causal and sliding_window is not None and len_q != len_k:
-        _refuse("queries and keys of the same tokens in a bidirectional window", (len_q, len_k))
+        refuse("queries and keys of the same tokens in a bidirectional window", (len_q, len_k))
     if cu_q is not None:
         if mask is not None:
-            _refuse("either padding or cu_seq_lens_q", "both")
+            refuse("either padding or cu_seq_lens_q", "both")
         cu_k = kwargs.get("cu_seq_lens_k")
         lengths = [kwargs.get(name) for name in ("max_length_q", "max_length_k")]
         max_q, max_k = (n if n is None or isinstance(n, int) else int(n) for n in lengths)
@@ -251,7 +253,7 @@ def find_sequences(module, q, k, mask, is_causal, sliding_window, kwargs: dict) 
         cross = not is_causal and sliding_window is None
         found = from_mask(mask, positions, len_q, cross, module)
         if found.holes and sliding_window is not None:
-            _refuse("padding at the ends of a row with a sliding window", "padding between tokens")
+            refuse("padding at the ends of a row with a sliding window", "padding between tokens")
         return found
     return None if positions is None else from_positions(positions, batch, len_q, len_k, module)
 
@@ -319,7 +321,3 @@ def _unknown_parts(mask_function: Callable | None) -> list[str]:
             if callable(part) and not isinstance(part, torch.Tensor):
                 unknown += _unknown_parts(part)
     return unknown
-
-
-def _refuse(expected: str, got) -> NoReturn:
-    raise ValueError(f"{NAME}: expected {expected}, got {got}")

@@ -404,7 +404,7 @@ def _d_weight(d_tokens, pixels, weight, layout, images, rows, patch_size, weight
     config = WEIGHT_CONFIGS[weight.dtype.itemsize * 8]
     tiles = triton.cdiv(width, config["BLOCK_D"]) * triton.cdiv(depth, config["BLOCK_K"])
     splits, each = _split(images.numel(), config["BLOCK_T"], tiles)
-    partial = torch.empty(splits, *weight.shape, device=weight.device)
+    partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     strides = weight_strides(partial[0], patch_size, weight_layout)
     is_bytes = pixels.dtype == torch.uint8
     _patch_embed_bwd_weight_kernel[(splits * tiles,)](
@@ -438,7 +438,7 @@ def _d_bias(d_tokens, bias, images, rows):
     width = bias.shape[0]
     tiles = triton.cdiv(width, SUM_CONFIG["BLOCK_D"])
     splits, each = _split(images.numel(), SUM_CONFIG["BLOCK_T"], tiles)
-    partial = torch.empty(splits, width, device=bias.device)
+    partial = torch.empty(splits, width, dtype=torch.float32, device=bias.device)
     _patch_embed_bwd_bias_kernel[(splits, tiles)](
         Partial=partial,
         DTokens=d_tokens,
@@ -465,7 +465,7 @@ def _d_position(d_tokens, table, layout, patches, rows, interpolation):
     tiles_d = triton.cdiv(width, TABLE_CONFIG["BLOCK_D"])
     each = triton.cdiv(images, min(images, triton.cdiv(PROGRAMS, cells * tiles_d)))
     splits = triton.cdiv(images, each)
-    partial = torch.empty(splits, *table.shape, device=table.device)
+    partial = torch.empty(splits, *table.shape, dtype=torch.float32, device=table.device)
     _patch_embed_bwd_position_kernel[(cells, tiles_d, splits)](
         Partial=partial,
         DTokens=d_tokens,

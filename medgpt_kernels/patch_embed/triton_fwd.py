@@ -437,7 +437,7 @@ def make_taps(cu_seqlens, grid_sizes, patches: int, prefix_rows: int, table_side
     most h w + 1, so T + N rows hold them all; the rest stay unused).
     """
     images = grid_sizes.shape[0]
-    taps = torch.empty(patches + images, table_side, device=grid_sizes.device)
+    taps = torch.empty(patches + images, table_side, dtype=torch.float32, device=grid_sizes.device)
     _patch_embed_taps_kernel[(images,)](
         Taps=taps,
         CuSeqlens=cu_seqlens,

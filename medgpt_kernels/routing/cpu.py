@@ -5,6 +5,7 @@ import torch
 from medgpt_kernels import native
 from medgpt_kernels.native import DTYPE_CODES, pointer
 from medgpt_kernels.registry import Unsupported
+from medgpt_kernels.routing.reference import narrow
 
 native.cpu()
 SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
@@ -45,9 +46,9 @@ def _order(slots, num_experts):
 
 def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, renormalize):
     bias, correction_bias = _fp32(bias), _fp32(correction_bias)
-    given = None if topk_ids is None else topk_ids.to(torch.int32).contiguous()
+    given = None if topk_ids is None else narrow(topk_ids).contiguous()
     tokens = logits.shape[0]
-    weights = torch.empty(tokens, topk)
+    weights = torch.empty(tokens, topk, dtype=torch.float32)
     ids = torch.empty(tokens, topk, dtype=torch.int32)
     hist, offs, gather, scatter = _order(tokens * topk, logits.shape[1])
     native.cpu().routing_fwd(
@@ -73,7 +74,7 @@ def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, 
 def routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renormalize):
     if x.dtype not in DTYPE_CODES:
         raise Unsupported(f"x of {x.dtype}")
-    logits = torch.empty(x.shape[0], weight.shape[0])
+    logits = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     routed = _forward(
         _rows(x), weight.contiguous(), bias, logits, correction_bias, topk_ids, topk, scoring,
         renormalize,
@@ -110,7 +111,7 @@ def routing_logits_bwd(d_topk_weights, topk_weights, topk_ids, logits, scoring, 
     if logits.dtype != torch.float32:
         raise Unsupported(f"logits of {logits.dtype}")
     d_topk_weights, logits = d_topk_weights.contiguous(), logits.contiguous()
-    d_logits = torch.empty(logits.shape)
+    d_logits = torch.empty(logits.shape, dtype=torch.float32)
     native.cpu().routing_logits_bwd(
         problem=_problem(logits, 0, topk_ids.shape[1], scoring, renormalize),
         d_topk_weights=pointer(d_topk_weights),
@@ -134,7 +135,7 @@ def routing_bwd(
         torch.empty(t.shape, dtype=t.dtype) if need else None
         for t, need in zip((x, weight), wanted, strict=False)
     )
-    d_bias = torch.empty(weight.shape[0]) if wanted[2] else None
+    d_bias = torch.empty(weight.shape[0], dtype=torch.float32) if wanted[2] else None
     native.cpu().routing_bwd(
         problem=_problem(logits, x.shape[1], topk_ids.shape[1], scoring, renormalize),
         dtype=DTYPE_CODES[x.dtype],

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from medgpt_kernels import registry
+from medgpt_kernels.routing.reference import narrow
 
 SCORINGS = ("topk_softmax", "softmax_topk", "sigmoid")
 
@@ -63,11 +64,10 @@ def routing(
         ValueError: shapes, dtypes, devices or names that do not fit, topk > E; on the CPU also ids
             out of range and logits that are NaN (on a GPU their tokens' weights are NaN).
     """
-    device_type = x.device.type
-    dtype = registry.autocast_dtype(device_type)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
+    if registry.autocast_dtype(x.device.type) is not None:
+        x, weight = registry.autocast(x, weight)
+        if bias is not None and bias.dtype != torch.float32:
+            (bias,) = registry.autocast(bias)
     _check_router(x, weight, bias)
     _check_choice(x, weight.shape[0], topk, scoring, renormalize, correction_bias, topk_ids)
     return RoutingData(
@@ -133,8 +133,13 @@ def routing_from_topk(
     if num_experts < 1:
         raise ValueError(f"routing: expected num_experts >= 1, got {num_experts}")
     _check_ids(topk_ids, topk_ids.shape, num_experts, topk_weights.device)
+    if topk_ids.shape[1] < 1:
+        raise ValueError(
+            f"routing: expected topk_ids [T, K] with K >= 1, got {list(topk_ids.shape)}"
+        )
+    _check_slots(*topk_ids.shape)
     wide = torch.promote_types(topk_weights.dtype, torch.float32)
-    ids = topk_ids.to(torch.int32)
+    ids = narrow(topk_ids)
     return RoutingData(topk_weights.to(wide), ids, *_routing_sort(ids, num_experts), None)
 
 
@@ -190,13 +195,20 @@ def router_z_loss(
     return (z * mask).sum() / mask.sum()
 
 
-def _layers(op: str, data, attention_mask) -> list[RoutingData]:
-    layers = [data] if isinstance(data, RoutingData) else list(data)
+def _layers(op: str, data, attention_mask) -> Sequence[RoutingData]:
+    layers = [data] if isinstance(data, RoutingData) else data
+    if not isinstance(layers, Sequence) or not all(isinstance(d, RoutingData) for d in layers):
+        raise ValueError(
+            f"{op}: expected RoutingData, one or a sequence, got {type(data).__name__}"
+        )
     if not layers or any(layer.logits is None for layer in layers):
         raise ValueError(
             f"{op}: expected RoutingData with logits, got "
             + ("logits None (routing_from_topk)" if layers else "an empty sequence")
         )
+    experts = [layer.logits.shape[1] for layer in layers]
+    if any(n != experts[0] for n in experts):
+        raise ValueError(f"{op}: expected layers of as many experts each, got {experts}")
     for layer in layers:
         tokens = layer.logits.shape[0]
         if attention_mask is not None and attention_mask.numel() != tokens:
@@ -208,9 +220,9 @@ def _layers(op: str, data, attention_mask) -> list[RoutingData]:
 
 
 def _check_router(x, weight, bias) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[1] < 1:
         raise ValueError(
-            f"routing: expected x [T, H] and weight [E, H], got {list(x.shape)} and "
+            f"routing: expected x [T, H] and weight [E, H], H >= 1, got {list(x.shape)} and "
             f"{list(weight.shape)}"
         )
     if not x.dtype.is_floating_point or weight.dtype != x.dtype:
@@ -236,6 +248,7 @@ def _check_choice(x, num_experts, topk, scoring, renormalize, correction_bias, t
         raise ValueError(f"routing: expected scoring one of {', '.join(SCORINGS)}, got {scoring!r}")
     if not isinstance(topk, (int, torch.SymInt)) or not 1 <= topk <= num_experts:
         raise ValueError(f"routing: expected topk in 1 ... {num_experts} (experts), got {topk!r}")
+    _check_slots(x.shape[0], topk)
     if scoring == "topk_softmax" and not renormalize:
         raise ValueError(
             "routing: expected renormalize=True with scoring topk_softmax, whose weights sum to "
@@ -257,6 +270,11 @@ def _check_choice(x, num_experts, topk, scoring, renormalize, correction_bias, t
             )
     if topk_ids is not None:
         _check_ids(topk_ids, (x.shape[0], topk), num_experts, x.device)
+
+
+def _check_slots(tokens, topk) -> None:
+    if tokens * topk >= 2**31:
+        raise ValueError(f"routing: expected T K below 2^31 (int32 indices), got {tokens} {topk}")
 
 
 def _check_ids(topk_ids, shape, num_experts, device) -> None:

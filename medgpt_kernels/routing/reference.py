@@ -35,6 +35,13 @@ def chosen_weights(logits, topk_ids, scoring, renormalize):
     return weights
 
 
+def narrow(topk_ids):
+    """Ids as int32; what int32 cannot hold stays out of range, where the CPU looks at values."""
+    if topk_ids.dtype != torch.int32 and topk_ids.device.type == "cpu":
+        topk_ids = topk_ids.clamp(-(2**31), 2**31 - 1)
+    return topk_ids.to(torch.int32)
+
+
 def check_ids(topk_ids, num_experts):
     """Values, where reading them waits for no device."""
     if topk_ids.device.type == "cpu" and topk_ids.numel():
@@ -57,8 +64,11 @@ def routing_sort(topk_ids, num_experts):
 
 
 def routing_logits_fwd(logits, correction_bias, topk_ids, topk, scoring, renormalize):
-    if logits.device.type == "cpu" and logits.isnan().any():
-        raise ValueError("routing: expected logits without NaN, got NaN")
+    if logits.device.type == "cpu":
+        if logits.isnan().any():
+            raise ValueError("routing: expected logits without NaN, got NaN")
+        if correction_bias is not None and correction_bias.isnan().any():
+            raise ValueError("routing: expected a correction_bias without NaN, got NaN")
     if topk_ids is None:
         topk_ids = choose(logits, correction_bias, topk, scoring)
     check_ids(topk_ids, logits.shape[1])
