@@ -229,28 +229,31 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, narrow, strict=True))
 
 
-def direct(op: Callable, device_type: str = "cpu") -> Callable:
+def direct(op: Callable) -> Callable:
     """`op`, called past PyTorch's dispatcher where that has nothing to do.
 
     Its Python layers cost more than some kernels of a decoding step. They are left out for plain
     CPU tensors under torch.no_grad(), outside torch.compile, torch.jit.trace, dispatch modes and
     transforms.
     """
-    kernel = _bind(op.operator, device_type)
+    operator = op.operator
+    kernel = _bind(operator, "cpu")
 
     def call(*args):
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or not _plain(args, device_type)
-        ):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(args):
             return op(*args)
-        return kernel(*args)
+        fastest = operator.loaded.get("cpu")
+        if not callable(fastest) or chosen_backend() or torch.is_autocast_enabled("cpu"):
+            return kernel(*args)
+        try:
+            return fastest(*args)
+        except Unsupported:
+            return kernel(*args)
 
     return call
 
 
-def _plain(args: tuple, device_type: str) -> bool:
+def _plain(args: tuple) -> bool:
     if (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
@@ -263,7 +266,7 @@ def _plain(args: tuple, device_type: str) -> bool:
     for a in args:
         kind = type(a)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
-            if a.device.type != device_type or a.is_neg():  # pointers know nothing of a lazy minus
+            if not a.is_cpu or a.is_neg():  # pointers know nothing of a lazy minus
                 return False
         elif isinstance(a, torch.Tensor):
             return False

@@ -18,14 +18,14 @@ using Problem = RoutingProblem;
 using Forward = RoutingForward;
 
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kColumns = 4;  // 24 of 32 registers accumulate, 6 hold x, 1 a weight
+constexpr int64_t kRows = 6, kColumns = 4;  // 24 of 32 registers accumulate, 6 hold x, 1 a weight
 #else
-constexpr int kRows = 3, kColumns = 4;  // 12 of 16, 3 and 1
+constexpr int64_t kRows = 3, kColumns = 4;  // 12 of 16, 3 and 1
 #endif
 constexpr int kRowColumns = 8;        // of a single row: as many sums as hide the latency of one
 constexpr int64_t kDepth = 1024;      // of x and weight at a time: kRows rows of x stay in L1
 constexpr int64_t kTokens = 48;       // of a task
-constexpr int64_t kSerial = 1 << 19;  // products below which waking a second thread costs more
+constexpr int64_t kSerial = 1 << 16;  // products below which waking a second thread costs more
 
 // In registers: through memory, the sums at the end of a tile cost a tenth of it.
 template <int N>
@@ -65,12 +65,32 @@ struct Step<bf16> {
 };
 #endif
 
+// Rows of x that a tile asks memory for, a line of each a step: the processor drops long bursts of
+// prefetches, and those from a page that it has not looked up.
+template <typename T>
+struct Ahead {
+  const T* row = nullptr;
+  int64_t stride = 0, rows = 0;
+
+  void look_up(int64_t n) const {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i : {int64_t{0}, n - 1})
+        (void)*static_cast<const volatile char*>(
+            reinterpret_cast<const char*>(row + r * stride + i));
+  }
+  void ask(int64_t i) const {
+    for (int64_t r = 0; r < rows; r++) __builtin_prefetch(row + r * stride + i);
+  }
+};
+
 // logits[m][e] += x[m] . weight[e] over n elements; both run along memory, so neither is packed
 template <int M, int N, typename T>
 void dot_tile(const T* x, int64_t x_stride, const T* weight, int64_t hidden, int64_t n,
-              float* logits, int64_t experts) {
+              float* logits, int64_t experts, const Ahead<T>& ahead = {}) {
   vf acc[M][N] = {};
+  ahead.look_up(n);
   auto step = [&](auto read, int64_t i) {
+    ahead.ask(i);
     decltype(read(x)) row[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) row[m] = read(x + m * x_stride + i);
@@ -92,15 +112,6 @@ void dot_tile(const T* x, int64_t x_stride, const T* weight, int64_t hidden, int
     for (int e = 0; e < N; e++) logits[m * experts + e] += add_lanes<kLanes>(acc[m][e]);
 }
 
-// Asks for share `part` of `parts` of the next rows of x, which memory would hand over too late.
-template <typename T>
-void prefetch_rows(const T* x, int64_t x_stride, int64_t n, int64_t part, int64_t parts) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  int64_t lines = (n + kLine - 1) / kLine, total = kRows * lines;
-  for (int64_t i = total * part / parts; i < total * (part + 1) / parts; i++)
-    __builtin_prefetch(x + i / lines * x_stride + i % lines * kLine);
-}
-
 // logits of tokens [t0, t1) and experts [e0, e1)
 template <typename T>
 void product(const Problem& p, const Forward& f, int64_t t0, int64_t t1, int64_t e0, int64_t e1) {
@@ -116,11 +127,13 @@ void product(const Problem& p, const Forward& f, int64_t t0, int64_t t1, int64_t
       for (int64_t e = e0; e < e1;) {
         const T* columns = weight + e * p.hidden + h;
         float* out = f.logits + t * p.experts + e;
-        if (count > 1 && t + 2 * kRows <= t1)
-          prefetch_rows(row + kRows * f.x_stride, f.x_stride, n, (e - e0) / kColumns,
-                        (e1 - e0 + kColumns - 1) / kColumns);
         if (count > 1 && e + kColumns <= e1) {
-          dot_tile<kRows, kColumns>(row, f.x_stride, columns, p.hidden, n, out, p.experts);
+          int64_t tiles = (e1 - e0) / kColumns, each = (kRows + tiles - 1) / tiles;
+          int64_t first = (e - e0) / kColumns * each;
+          Ahead<T> ahead;
+          if (t + 2 * kRows <= t1 && first < kRows)
+            ahead = {row + (kRows + first) * f.x_stride, f.x_stride, std::min(each, kRows - first)};
+          dot_tile<kRows, kColumns>(row, f.x_stride, columns, p.hidden, n, out, p.experts, ahead);
           e += kColumns;
         } else if (count > 1) {
           dot_tile<kRows, 1>(row, f.x_stride, columns, p.hidden, n, out, p.experts);
