@@ -24,14 +24,15 @@ namespace {
 using Problem = DecodeProblem;
 using Tensors = DecodeTensors;
 
-constexpr int64_t kBlock = 64;       // keys between two updates of the running maximum
+constexpr int64_t kBlock = 32;       // keys between two updates of the running maximum
 constexpr int64_t kSplit = 512;      // keys of a split times new tokens
 constexpr int64_t kFewTokens = 16;   // more new tokens than this are not split over the keys
 constexpr int64_t kBlockRows = 128;  // rows of one key head in a unit, if there are that many
 constexpr int64_t kSumStep = 32;     // fp32 terms of one score summed in one chain
-constexpr float kLowest = -1e30f;    // a running maximum that has seen nothing
-constexpr int64_t kTileKeys = 8;     // most keys of one tile of scores
-static_assert(kBlock % kTileKeys == 0, "whole tiles");
+constexpr int64_t kStride = 272;     // of a row of values: D is at most 256
+constexpr int kTileRows = kLanes > 8 ? 8 : 4, kTileVectors = 2;
+constexpr float kLowest = -1e30f;  // a running maximum that has seen nothing
+static_assert(kBlock % (kTileVectors * kLanes) == 0, "whole tiles");
 
 [[noreturn]] void refuse(const std::string& expected, int64_t got) {
   throw std::invalid_argument("decode_attention: expected " + expected + ", got " +
@@ -61,7 +62,6 @@ struct Layout {
         group(problem.heads / problem.kv_heads),
         padded(round_up(problem.head_dim, kLanes)) {}
   int64_t rows(int64_t tokens) const { return tokens * group; }
-  int64_t row_lanes(int64_t tokens) const { return round_up(rows(tokens), kLanes); }
   // First key that a query at this position sees.
   int64_t first_key(int64_t position) const {
     return p.window_left < 0 ? 0 : std::max<int64_t>(0, position - p.window_left);
@@ -114,156 +114,190 @@ struct Parts {
   float *out, *maximum, *sum;
 };
 
-// Keys are multiplied as floats, or as pairs of bf16 right from the cache where the CPU has dot
-// products of those; queries lie in panels of NV vectors of rows: [units of D][NV kLanes].
+// Operands are held in units of U (gemm.h): floats, or pairs of bf16 that follow each other along
+// the dimension that a product sums over. A vector of them, and the sum with a times it:
+inline vf load_units(const float* p) { return load(p); }
+inline vf add_product(vf sum, float a, vf b) { return sum + a * b; }
+#if defined(__AVX512BF16__)
+inline __m512bh load_units(const uint32_t* p) {
+  __m512bh v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline vf add_product(vf sum, uint32_t a, __m512bh b) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
+}
+#endif
 
-// scores[key][row] of AR keys and NV vectors of rows
-template <int AR, int NV>
-inline void multiply(int64_t dim, const float* const* keys, const float* queries,
-                     vf (&scores)[AR][NV]) {
-  for (int m = 0; m < AR; m++)
-    for (int n = 0; n < NV; n++) scores[m][n] = vf{};
-  for (int64_t begin = 0; begin < dim; begin += kSumStep) {
-    vf part[AR][NV] = {};
-    int64_t end = std::min(dim, begin + kSumStep);
-    for (int64_t d = begin; d < end; d++) {
-      vf q[NV];
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n++) q[n] = load(queries + (d * NV + n) * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < AR; m++)
-#pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) part[m][n] += keys[m][d] * q[n];
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < AR; m++)
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n++) scores[m][n] += part[m][n];
+// kLanes units of one row of the cache, of which it has n
+template <typename U, typename C>
+inline vf load_key(const C* p, int64_t n) {
+  if constexpr (units_per<U> == 1) {
+    return n >= kLanes ? load(p) : load_partial(p, static_cast<int>(n));
+  } else {
+    float lanes[kLanes] = {};
+    if (n >= 2 * kLanes)
+      std::memcpy(lanes, p, sizeof(lanes));
+    else
+      std::memcpy(lanes, p, n * sizeof(C));
+    return load(lanes);
   }
 }
+
+// A row of values, or two that follow each other: out [padded] of units
+template <typename C>
+inline void load_values(const C* in, const C*, float* out, int64_t n, int64_t padded) {
+  load_row(in, out, n, padded);
+}
 #if defined(__AVX512BF16__)
-template <int AR, int NV>
-inline void multiply(int64_t dim, const bf16* const* keys, const uint32_t* queries,
-                     vf (&scores)[AR][NV]) {
-  for (int m = 0; m < AR; m++)
-    for (int n = 0; n < NV; n++) scores[m][n] = vf{};
-  for (int64_t d = 0; d < dim / 2; d++) {
-    __m512bh q[NV];
-    for (int n = 0; n < NV; n++) std::memcpy(&q[n], queries + (d * NV + n) * kLanes, sizeof(q[n]));
-#pragma GCC unroll 8
-    for (int m = 0; m < AR; m++) {
-      int32_t pair;
-      std::memcpy(&pair, keys[m] + 2 * d, sizeof(pair));
-      __m512bh key = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n++)
-        scores[m][n] = (vf)_mm512_dpbf16_ps((__m512)scores[m][n], key, q[n]);
+alignas(64) constexpr uint16_t kPairs[64] = {
+    // a0 b0 a1 b1 ...
+    0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+    11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+    22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+inline void load_values(const bf16* low, const bf16* high, uint32_t* out, int64_t n,
+                        int64_t padded) {
+  bf16 row[2][2 * kLanes] = {};
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    __m512i halves[2] = {};
+    for (int half = 0; half < 2; half++) {
+      const bf16* in = half == 0 ? low : high;
+      if (in == nullptr) continue;
+      if (i + 2 * kLanes > n) {
+        std::memcpy(row[half], in + i, (n - i) * sizeof(bf16));
+        halves[half] = _mm512_loadu_si512(row[half]);
+      } else {
+        halves[half] = _mm512_loadu_si512(in + i);
+      }
     }
+    __m512i first = _mm512_permutex2var_epi16(halves[0], _mm512_loadu_si512(kPairs), halves[1]);
+    __m512i second =
+        _mm512_permutex2var_epi16(halves[0], _mm512_loadu_si512(kPairs + 32), halves[1]);
+    std::memcpy(out + i, &first, sizeof(first));
+    if (i + kLanes < padded) std::memcpy(out + i + kLanes, &second, sizeof(second));
   }
 }
 #endif
 
-// out[MR rows][ND vectors] = out * rescale + sum over keys of p[key][row] values[key]
-template <int MR, int ND>
-inline void add_values(int64_t count, const float* p, int64_t ldp, const float* values,
-                       const float* rescale, float* out, int64_t padded) {
-  vf acc[MR][ND] = {};
-  for (int64_t j = 0; j < count; j++) {
-    vf v[ND];
+inline float reduce_max(vf v) {
+  for (int width = kLanes; width > 1; width /= 2) v = max_or_nan(even_lanes(v, v), odd_lanes(v, v));
+  return v[0];
+}
+
+// The next block's rows of all heads, one head's part after the other as they lie in memory, asked
+// for bit by bit while this block is worked on: memory likes that better than one head at a time.
+struct Ahead {
+  const char* base;
+  const int64_t* offsets;  // of rows, in bytes
+  int64_t heads, head_bytes, row, head;
+  Ahead(const void* cache, const int64_t* rows, int64_t count, int64_t bytes, int64_t part)
+      : base(static_cast<const char*>(cache)),
+        offsets(rows),
+        heads(count),
+        head_bytes(bytes),
+        row(part / count),
+        head(part % count) {}
+  const char* next() {
+    const char* at = base + offsets[row] + head * head_bytes;
+    if (++head == heads) head = 0, row++;
+    return at;
+  }
+};
+inline void fetch(const char* part, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(part + i);
+}
+
+// out[MR rows][NV vectors] = out * rescale + sum over keys of p[row][key] values[key]; depth and ld
+// in units
+template <int MR, int NV, typename U, typename Values>
+inline void add_values(int64_t depth, const U* p, const Values& values, const float* rescale,
+                       float* out, int64_t padded) {
+  vf acc[MR][NV] = {};
+  for (int64_t j = 0; j < depth; j++) {
+    const U* row = values(j);
+    decltype(load_units(row)) v[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < ND; n++) v[n] = load(values + j * padded + n * kLanes);
+    for (int n = 0; n < NV; n++) v[n] = load_units(row + n * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < ND; n++) acc[m][n] += p[j * ldp + m] * v[n];
+      for (int n = 0; n < NV; n++) acc[m][n] = add_product(acc[m][n], p[m * kBlock + j], v[n]);
   }
+#pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
-    for (int n = 0; n < ND; n++) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) {
       float* at = out + m * padded + n * kLanes;
       store(at, load(at) * rescale[m] + acc[m][n]);
     }
 }
 
-template <int ND>
-inline void add_values(int64_t rows, int64_t count, const float* p, int64_t ldp,
-                       const float* values, const float* rescale, float* out, int64_t padded) {
-  if (rows == 4)
-    add_values<4, ND>(count, p, ldp, values, rescale, out, padded);
-  else if (rows == 3)
-    add_values<3, ND>(count, p, ldp, values, rescale, out, padded);
-  else if (rows == 2)
-    add_values<2, ND>(count, p, ldp, values, rescale, out, padded);
-  else
-    add_values<1, ND>(count, p, ldp, values, rescale, out, padded);
+// f(row, tag) for tiles of rows, as many as the tag's value says
+template <typename F>
+inline void for_tiles(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) f(r, std::integral_constant<int, kTileRows>{});
+  if constexpr (kTileRows > 4)
+    for (; r + 4 <= rows; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r + 2 <= rows; r += 2) f(r, std::integral_constant<int, 2>{});
+  if (r < rows) f(r, std::integral_constant<int, 1>{});
 }
-
-// Lines of cache rows that a later block reads, asked for a few at a time.
-struct Ahead {
-  const void* base;
-  const int64_t* offsets;
-  int64_t count, bytes, size;  // rows, bytes of a row and of an element
-  void fetch(int64_t lo, int64_t hi) const {
-    for (int64_t j = lo; j < std::min(hi, count); j++)
-      for (int64_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(static_cast<const char*>(base) + offsets[j] * size + i, 0, 2);
-  }
-};
 
 // One thread's work on the units of one call. C is the caches' type, U a float or a pair of bf16.
 template <typename T, typename C, typename U>
 class Worker {
-  // Keys are multiplied where they lie, or widened first.
-  static constexpr bool kPairs = std::is_same_v<U, uint32_t>;
-  static constexpr bool kDirect = kPairs || std::is_same_v<C, float>;
-  using Key = std::conditional_t<kPairs, bf16, float>;
-
  public:
-  Worker(const Layout& layout, const Tensors& tensors, int64_t most_heads, int64_t most_lanes)
+  Worker(const Layout& layout, const Tensors& tensors, int64_t most_heads, int64_t most_rows)
       : l_(layout),
         p_(layout.p),
         a_(tensors),
         padded_(layout.padded),
-        queries_(most_heads * most_lanes * padded_),
-        out_(most_heads * most_lanes * padded_),
-        maximum_(most_heads * most_lanes),
-        sum_(most_heads * most_lanes),
-        keys_(kBlock * padded_),
-        values_(kBlock * padded_),
-        scores_(kBlock * most_lanes),
-        rescale_(most_lanes),
-        row_(padded_),
-        lo_(most_lanes),
-        hi_(most_lanes) {}
+        depth_((layout.p.head_dim + units_per<U> - 1) / units_per<U>),
+        queries_(most_heads * most_rows * depth_),
+        out_(most_heads * most_rows * padded_),
+        maximum_(most_heads * most_rows),
+        sum_(most_heads * most_rows * kLanes),
+        keys_(round_up(depth_, kLanes) * kBlock),
+        values_(kBlock * kStride),
+        scores_(most_rows * kBlock),
+        probabilities_(most_rows * kBlock),
+        rescale_(round_up(most_rows, kLanes)),
+        row_(padded_ + 1),
+        lo_(most_rows),
+        hi_(most_rows) {}
 
   // Sums of the unit's rows go to parts, or if it is the only split its output to the tensor.
   void run(const Sequence& s, const Unit& unit, const Parts& parts) {
     rows_ = l_.rows(unit.tokens);
-    lanes_ = l_.row_lanes(unit.tokens);
-    int64_t heads = unit.head_hi - unit.head_lo;
+    int64_t heads = heads_ = unit.head_hi - unit.head_lo;
     bool alone = unit.part < 0;
     float* out = alone ? out_.get() : parts.out + (unit.part + unit.head_lo * rows_) * padded_;
     std::fill_n(out, heads * rows_ * padded_, 0.0f);
-    std::fill_n(maximum_.get(), heads * lanes_, kLowest);
-    std::fill_n(sum_.get(), heads * lanes_, 0.0f);
+    std::fill_n(maximum_.get(), heads * rows_, kLowest);
+    std::fill_n(sum_.get(), heads * rows_ * kLanes, 0.0f);
     see(s, unit);
     for (int64_t h = 0; h < heads; h++) load_queries(s, unit, unit.head_lo + h, h);
     locate(s, unit.lo, unit.hi, 0);
     int now = 0;
     for (int64_t first = unit.lo; first < unit.hi; first += kBlock, now ^= 1) {
       locate(s, first + kBlock, unit.hi, now ^ 1);
-      for (int64_t h = 0; h < heads; h++)
-        block(unit.head_lo + h, h, first, now, out + h * rows_ * padded_);
-    }
-    for (int64_t h = 0; h < heads; h++)
-      for (int64_t r = 0; r < rows_; r++) {
-        int64_t at = unit.part + (unit.head_lo + h) * rows_ + r, lane = h * lanes_ + r;
-        if (!alone) {
-          parts.maximum[at] = maximum_[lane], parts.sum[at] = sum_[lane];
-          continue;
-        }
-        Parts own{out + (h * rows_ + r) * padded_, &maximum_[lane], &sum_[lane]};
-        finish_row(s, unit.token, unit.head_lo + h, r, own, 1, 0);
+      int64_t count = std::min(kBlock, unit.hi - first);
+      for (int64_t h = 0; h < heads; h++) {
+        score(unit.head_lo + h, h, first, count, now);
+        soften(h, count);
+        add(unit.head_lo + h, h, count, now, out + h * rows_ * padded_);
       }
+    }
+    for (int64_t i = 0; i < heads * rows_; i++) {
+      int64_t kv_head = unit.head_lo + i / rows_, r = i % rows_;
+      float sum = reduce_add(load(&sum_[i * kLanes]));
+      if (alone) {
+        finish_row(s, unit.token, kv_head, r, {out + i * padded_, &maximum_[i], &sum}, 1, 0);
+      } else {
+        int64_t at = unit.part + kv_head * rows_ + r;
+        parts.maximum[at] = maximum_[i], parts.sum[at] = sum;
+      }
+    }
   }
 
   // Token i of a sequence: its rotated key and its value into the caches.
@@ -314,180 +348,201 @@ class Worker {
   // What each row sees, and what every row does.
   void see(const Sequence& s, const Unit& unit) {
     all_lo_ = unit.lo, all_hi_ = unit.hi;
-    for (int64_t r = 0; r < lanes_; r++) {
-      int64_t at = s.total - p_.tokens + unit.token + std::min(r, rows_ - 1) / l_.group;
+    for (int64_t r = 0; r < rows_; r++) {
+      int64_t at = s.total - p_.tokens + unit.token + r / l_.group;
       int64_t lo = std::max(unit.lo, l_.first_key(at)), hi = std::min(unit.hi, at + 1);
       lo_[r] = static_cast<int32_t>(lo), hi_[r] = static_cast<int32_t>(std::max<int64_t>(hi, 0));
       all_lo_ = std::max(all_lo_, lo), all_hi_ = std::min(all_hi_, hi);
     }
   }
 
-  static int panel_vectors(int64_t left) {
-    return static_cast<int>(left == 4 ? 2 : std::min<int64_t>(left, 3));
-  }
-
+  // [units of D][rows]
   void load_queries(const Sequence& s, const Unit& unit, int64_t kv_head, int64_t h) {
     const Strides& qs = a_.q_strides;
-    int64_t depth = kPairs ? p_.head_dim / 2 : p_.head_dim;
-    U* head = queries_.get() + h * lanes_ * padded_;
-    std::memset(static_cast<void*>(head), 0, lanes_ * padded_ * sizeof(U));
-    for (int64_t v = 0; v < lanes_ / kLanes;) {
-      int nv = panel_vectors(lanes_ / kLanes - v);
-      U* panel = head + v * kLanes * depth;
-      for (int64_t r = v * kLanes; r < std::min(rows_, (v + nv) * kLanes); r++) {
-        int64_t token = unit.token + r / l_.group, at = s.total - p_.tokens + token;
-        const T* q = static_cast<const T*>(a_.q) + s.batch * qs[0] + token * qs[1] +
-                     (kv_head * l_.group + r % l_.group) * qs[2];
-        float* row = row_.get();
-        load_row(q, row, p_.head_dim, padded_);
-        if (p_.cos != nullptr)
-          rotate_row(row, p_.cos + at * p_.half, p_.sin + at * p_.half, p_.half, 1.0f);
-        U* column = panel + r - v * kLanes;
-        for (int64_t d = 0; d < depth; d++) {
-          if constexpr (kPairs)
-            column[d * nv * kLanes] = from_float<bf16>(row[2 * d]).bits |
-                                      static_cast<uint32_t>(from_float<bf16>(row[2 * d + 1]).bits)
-                                          << 16;
-          else
-            column[d * nv * kLanes] = row[d];
-        }
-      }
-      v += nv;
+    U* queries = queries_.get() + h * rows_ * depth_;
+    float* row = row_.get();
+    for (int64_t r = 0; r < rows_; r++) {
+      int64_t token = unit.token + r / l_.group, at = s.total - p_.tokens + token;
+      const T* q = static_cast<const T*>(a_.q) + s.batch * qs[0] + token * qs[1] +
+                   (kv_head * l_.group + r % l_.group) * qs[2];
+      load_row(q, row, p_.head_dim, padded_);
+      if (p_.cos != nullptr)
+        rotate_row(row, p_.cos + at * p_.half, p_.sin + at * p_.half, p_.half, 1.0f);
+      row[p_.head_dim] = 0.0f;  // the other half of an odd pair
+      for (int64_t d = 0; d < depth_; d++)
+        queries[d * rows_ + r] = make_unit<U>(row + d * units_per<U>);
     }
   }
 
-  // Where the keys of the block at `first` lie.
+  // Where the keys of the block at `first` lie, in bytes.
   void locate(const Sequence& s, int64_t first, int64_t hi, int which) {
-    count_[which] = std::clamp<int64_t>(hi - first, 0, kBlock);
-    for (int64_t j = 0; j < count_[which]; j++) {
-      k_offsets_[which][j] = l_.offset(a_.k_cache_strides, s.batch, first + j);
-      v_offsets_[which][j] = l_.offset(a_.v_cache_strides, s.batch, first + j);
+    for (int64_t j = 0; j < std::min(kBlock, hi - first); j++) {
+      k_offsets_[which][j] = l_.offset(a_.k_cache_strides, s.batch, first + j) * sizeof(C);
+      v_offsets_[which][j] = l_.offset(a_.v_cache_strides, s.batch, first + j) * sizeof(C);
     }
   }
 
-  // One block of keys of one key head.
-  void block(int64_t kv_head, int64_t h, int64_t first, int now, float* out) {
-    int64_t count = count_[now], tiles = round_up(count, kTileKeys),
-            row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(C));
+  // Scores [rows][kBlock] of one block of keys, kTileVectors vectors of keys at a time.
+  void score(int64_t kv_head, int64_t h, int64_t first, int64_t count, int now) {
     const C* k = static_cast<const C*>(a_.k_cache) + kv_head * a_.k_cache_strides[2];
-    const C* v = static_cast<const C*>(a_.v_cache) + kv_head * a_.v_cache_strides[2];
-    Ahead next_keys{k, k_offsets_[now ^ 1], count_[now ^ 1], row_bytes, sizeof(C)};
-    Ahead next_values{v, v_offsets_[now ^ 1], count_[now ^ 1], row_bytes, sizeof(C)};
-    const Key* keys[kBlock];
-    for (int64_t j = 0; j < tiles; j++) {
-      int64_t offset = k_offsets_[now][std::min(j, count - 1)];
-      if constexpr (kDirect) {
-        keys[j] = reinterpret_cast<const Key*>(k + offset);
-      } else {
-        keys[j] = keys_.get() + j * padded_;
-        load_row(k + offset, keys_.get() + j * padded_, p_.head_dim, padded_);
-      }
-    }
     float scale = p_.k_scale == nullptr ? p_.scale : p_.scale * p_.k_scale[kv_head];
-    const U* queries = queries_.get() + h * lanes_ * padded_;
-    for (int64_t i = 0; i < lanes_ / kLanes;) {
-      int nv = panel_vectors(lanes_ / kLanes - i);
-      const U* panel = queries + i * kLanes * (kPairs ? p_.head_dim / 2 : p_.head_dim);
-      Ahead none{};
-      const Ahead& ahead = i == 0 ? next_keys : none;
-      float *maximum = &maximum_[h * lanes_ + i * kLanes], *sum = &sum_[h * lanes_ + i * kLanes];
-      if (nv == 1)
-        score<8, 1>(keys, panel, first, count, i, scale, maximum, sum, ahead);
-      else if (nv == 2)
-        score<4, 2>(keys, panel, first, count, i, scale, maximum, sum, ahead);
-      else
-        score<4, 3>(keys, panel, first, count, i, scale, maximum, sum, ahead);
-      i += nv;
-    }
-    for (int64_t j = 0; j < count; j++)
-      load_row(v + v_offsets_[now][j], values_.get() + j * padded_, p_.head_dim, padded_);
-    constexpr int kND = 2;
-    int64_t whole = padded_ / (kND * kLanes) * kND * kLanes;
-    int64_t passes = (rows_ + 3) / 4 * (padded_ / kLanes), done = 0;
-    for (int64_t r = 0; r < rows_; r += 4) {
-      int64_t some = std::min<int64_t>(4, rows_ - r);
-      for (int64_t d = 0; d < padded_; d += d < whole ? kND * kLanes : kLanes) {
-        int vectors = d < whole ? kND : 1;
-        int64_t from = done * kBlock / passes;
-        done += vectors;
-        next_values.fetch(from, done * kBlock / passes);
-        if (vectors == kND)
-          add_values<kND>(some, count, &scores_[r], lanes_, values_.get() + d, &rescale_[r],
-                          out + r * padded_ + d, padded_);
+    const U* queries = queries_.get() + h * rows_ * depth_;
+    for (int64_t j = 0; j < count;) {
+      int64_t left = (count - j + kLanes - 1) / kLanes;
+      load_keys(k, h, j, std::min(count, j + kLanes), now);
+      if (left > 1) load_keys(k, h, j + kLanes, std::min(count, j + 2 * kLanes), now);
+      for_tiles(rows_, [&](int64_t r, auto tile) {
+        if (left > 1)
+          multiply<tile, 2>(queries + r, j, &scores_[r * kBlock + j], scale);
         else
-          add_values<1>(some, count, &scores_[r], lanes_, values_.get() + d, &rescale_[r],
-                        out + r * padded_ + d, padded_);
+          multiply<tile, 1>(queries + r, j, &scores_[r * kBlock + j], scale);
+      });
+      j += left > 1 ? 2 * kLanes : kLanes;
+    }
+    if (first < all_lo_ || first + round_up(count, kLanes) > all_hi_) mask(first, count);
+  }
+
+  // Keys [lo, hi) of a block, at most kLanes of them, to [units of D][kBlock].
+  void load_keys(const C* k, int64_t h, int64_t lo, int64_t hi, int now) {
+    int64_t head_bytes = a_.k_cache_strides[2] * sizeof(C);
+    const char* base = reinterpret_cast<const char*>(k);
+    Ahead ahead(base - h * head_bytes, k_offsets_[now ^ 1], heads_, head_bytes, h * kBlock + lo);
+    const char* parts[kLanes];
+    for (int i = 0; i < kLanes; i++) parts[i] = ahead.next();
+    for (int64_t d = 0; d < depth_; d += kLanes) {
+      int64_t element = d * units_per<U>, left = p_.head_dim - element;
+      vf r[kLanes];
+      for (int64_t j = lo; j < hi; j++) {
+        r[j - lo] =
+            load_key<U>(reinterpret_cast<const C*>(base + k_offsets_[now][j]) + element, left);
+        fetch(parts[j - lo], element * sizeof(C), (element + kLanes * units_per<U>)*sizeof(C));
+      }
+      for (int64_t j = hi; j < lo + kLanes; j++) r[j - lo] = vf{};
+      transpose(r);
+      for (int i = 0; i < kLanes; i++) {
+        U* at = keys_.get() + (d + i) * kBlock + lo;
+        std::memcpy(at, &r[i], sizeof(vf));
       }
     }
   }
 
-  // Probabilities of one panel of rows, relative to their running maximum.
-  template <int AR, int NV>
-  void score(const Key* const* keys, const U* queries, int64_t first, int64_t count, int64_t vector,
-             float scale, float* maximum, float* sum, const Ahead& ahead) {
-    float* p = &scores_[vector * kLanes];
-    vf highest[NV], before[NV], total[NV];
-    for (int n = 0; n < NV; n++) highest[n] = before[n] = load(maximum + n * kLanes);
-    for (int64_t j = 0; j < count; j += AR) {
-      ahead.fetch(j, j + AR);
-      vf scores[AR][NV];
-      multiply<AR, NV>(p_.head_dim, keys + j, queries, scores);
+  template <int MR, int NV>
+  void multiply(const U* queries, int64_t j, float* scores, float scale) {
+    int64_t step = units_per<U> == 1 ? kSumStep : depth_;
+    vf sum[MR][NV] = {};
+    for (int64_t d = 0; d < depth_; d += step) {
+      vf part[MR][NV] = {};
+      micro_kernel(std::min(step, depth_ - d), queries + d * rows_, rows_,
+                   keys_.get() + d * kBlock + j, kBlock, part);
 #pragma GCC unroll 8
-      for (int m = 0; m < AR; m++)
+      for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) scores[m][n] = rounded(scores[m][n] * scale);
-      if (first + j < all_lo_ || first + j + AR > all_hi_) mask(scores, first + j, vector);
+        for (int n = 0; n < NV; n++) sum[m][n] += part[m][n];
+    }
 #pragma GCC unroll 8
-      for (int m = 0; m < AR; m++)
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) {
-          highest[n] = max_or_nan(highest[n], scores[m][n]);
-          store(p + (j + m) * lanes_ + n * kLanes, scores[m][n]);
-        }
-    }
-    for (int n = 0; n < NV; n++) {
-      vf rescale = exp_small(before[n] - highest[n]);
-      total[n] = load(sum + n * kLanes) * rescale;
-      store(&rescale_[(vector + n) * kLanes], rescale);
-      store(maximum + n * kLanes, highest[n]);
-    }
-    for (int64_t j = 0; j < count; j++)
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n++) {
-        float* at = p + j * lanes_ + n * kLanes;
-        vf value = exp_small(load(at) - highest[n]);
-        total[n] += value;
-        store(at, value);
-      }
-    for (int n = 0; n < NV; n++) store(sum + n * kLanes, total[n]);
+      for (int n = 0; n < NV; n++)
+        store(scores + m * kBlock + n * kLanes, rounded(sum[m][n] * scale));
   }
 
   // Scores of keys that a row does not see become minus infinity.
-  template <int AR, int NV>
-  void mask(vf (&scores)[AR][NV], int64_t key, int64_t vector) const {
-    for (int n = 0; n < NV; n++) {
-      vi lo, hi;
-      std::memcpy(&lo, &lo_[(vector + n) * kLanes], sizeof(lo));
-      std::memcpy(&hi, &hi_[(vector + n) * kLanes], sizeof(hi));
-      for (int m = 0; m < AR; m++) {
-        vi at = vi{} + static_cast<int32_t>(key + m);
-        scores[m][n] = (at >= lo) & (at < hi) ? scores[m][n] : splat(-__builtin_inff());
+  void mask(int64_t first, int64_t count) {
+    for (int64_t r = 0; r < rows_; r++)
+      for (int64_t j = 0; j < count; j += kLanes) {
+        vi at;
+        for (int i = 0; i < kLanes; i++) at[i] = static_cast<int32_t>(first + j + i);
+        float* score = &scores_[r * kBlock + j];
+        store(score, (at >= lo_[r]) & (at < hi_[r]) ? load(score) : splat(-__builtin_inff()));
       }
+  }
+
+  // Scores to probabilities, relative to each row's running maximum.
+  void soften(int64_t h, int64_t count) {
+    float* maximum = &maximum_[h * rows_];
+    int64_t vectors = (count + kLanes - 1) / kLanes;
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* scores = &scores_[r * kBlock];
+      vf highest = splat(maximum[r]);
+      for (int64_t n = 0; n < vectors; n++)
+        highest = max_or_nan(highest, load(scores + n * kLanes));
+      float now = reduce_max(highest);
+      rescale_[r] = maximum[r] - now;
+      maximum[r] = now;
     }
+    for (int64_t r = 0; r < rows_; r += kLanes) store(&rescale_[r], exp_small(load(&rescale_[r])));
+    for (int64_t r = 0; r < rows_; r++) {
+      const float* scores = &scores_[r * kBlock];
+      U* out = &probabilities_[r * kBlock];
+      float *sum = &sum_[(h * rows_ + r) * kLanes], now = maximum[r];
+      vf total = load(sum) * rescale_[r];
+      for (int64_t n = 0; n < vectors; n += units_per<U>) {
+        vf p[units_per<U>];
+        for (int i = 0; i < units_per<U>; i++) {
+          p[i] = n + i < vectors ? exp_small(load(scores + (n + i) * kLanes) - now) : vf{};
+          total += p[i];
+        }
+        put(out + n * kLanes / units_per<U>, p);
+      }
+      store(sum, total);
+    }
+  }
+  static void put(float* out, const vf (&p)[1]) { store(out, p[0]); }
+#if defined(__AVX512BF16__)
+  static void put(uint32_t* out, const vf (&p)[2]) {
+    __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
+    std::memcpy(out, &pairs, sizeof(pairs));
+  }
+#endif
+
+  // Values times probabilities into out [rows][Dp].
+  void add(int64_t kv_head, int64_t h, int64_t count, int now, float* out) {
+    const C* v = static_cast<const C*>(a_.v_cache) + kv_head * a_.v_cache_strides[2];
+    const char* base = reinterpret_cast<const char*>(v);
+    int64_t head_bytes = a_.v_cache_strides[2] * sizeof(C);
+    const int64_t* offsets = v_offsets_[now];
+    auto row = [&](int64_t j) {
+      return j < count ? reinterpret_cast<const C*>(base + offsets[j]) : nullptr;
+    };
+    int64_t depth = (count + units_per<U> - 1) / units_per<U>;
+    // where one tile has all rows, floats are read once: no need to copy them first
+    bool copied = !std::is_same_v<C, U> || rows_ > kTileRows || p_.head_dim % kLanes != 0;
+    for (int64_t j = 0; copied && j < depth; j++)
+      load_values(row(j * units_per<U>), row(j * units_per<U> + 1), &values_[j * kStride],
+                  p_.head_dim, padded_);
+    for_tiles(rows_, [&](int64_t r, auto tile) {
+      const U* p = &probabilities_[r * kBlock];
+      int64_t d = 0;
+      auto with = [&](auto vectors) {
+        Ahead ahead(base - h * head_bytes, v_offsets_[now ^ 1], heads_, head_bytes, h * kBlock);
+        auto values = [&](int64_t j) {
+          for (int i = 0; r == 0 && i < units_per<U>; i++)
+            fetch(ahead.next(), d * sizeof(C), (d + vectors * kLanes) * sizeof(C));
+          return copied ? &values_[j * kStride + d]
+                        : reinterpret_cast<const U*>(base + offsets[j]) + d;
+        };
+        add_values<tile, vectors>(depth, p, values, &rescale_[r], out + r * padded_ + d, padded_);
+        d += vectors * kLanes;
+      };
+      while (d + kTileVectors * kLanes <= padded_)
+        with(std::integral_constant<int, kTileVectors>{});
+      while (d < padded_) with(std::integral_constant<int, 1>{});
+    });
   }
 
   const Layout& l_;
   const Problem& p_;
   const Tensors& a_;
-  int64_t padded_, rows_ = 0, lanes_ = 0, all_lo_ = 0, all_hi_ = 0;
-  Buffer<U> queries_;               // [heads][panels]
-  Buffer<float> out_;               // [heads][rows][Dp], where there is one split
-  Buffer<float> maximum_, sum_;     // [heads][lanes]
-  Buffer<float> keys_, values_;     // [kBlock][Dp]
-  Buffer<float> scores_, rescale_;  // [kBlock][lanes], [lanes]
-  Buffer<float> row_;               // [Dp]
-  Buffer<int32_t> lo_, hi_;         // [lanes]
-  int64_t count_[2], k_offsets_[2][kBlock], v_offsets_[2][kBlock];
+  int64_t padded_, depth_, heads_ = 0, rows_ = 0, all_lo_ = 0, all_hi_ = 0;
+  Buffer<U> queries_;            // [heads][units of D][rows]
+  Buffer<float> out_;            // [heads][rows][Dp], where there is one split
+  Buffer<float> maximum_, sum_;  // [heads][rows], [heads][rows][kLanes]
+  Buffer<U> keys_, values_;      // [units of D][kBlock], [units of kBlock][kStride]
+  Buffer<float> scores_;         // [rows][kBlock]
+  Buffer<U> probabilities_;      // [rows][kBlock], a unit each
+  Buffer<float> rescale_, row_;  // [rows], [Dp]
+  Buffer<int32_t> lo_, hi_;      // [rows]
+  int64_t k_offsets_[2][kBlock] = {}, v_offsets_[2][kBlock] = {};
 };
 
 // The units of all sequences, and what is to be joined after; returns the rows of all parts.
@@ -539,13 +594,13 @@ void decode(const Layout& layout, const Tensors& a) {
   std::vector<Unit> units;
   std::vector<Join> joins;
   int64_t part_rows = make_units(layout, sequences, units, joins);
-  int64_t heads = divide_heads(layout, units), most_lanes = 0, row_size = p.heads * p.head_dim;
-  for (const Unit& unit : units) most_lanes = std::max(most_lanes, layout.row_lanes(unit.tokens));
+  int64_t heads = divide_heads(layout, units), most_rows = 0, row_size = p.heads * p.head_dim;
+  for (const Unit& unit : units) most_rows = std::max(most_rows, layout.rows(unit.tokens));
   Buffer<float> out(part_rows * layout.padded), maximum(part_rows), sum(part_rows);
   Parts parts{out.get(), maximum.get(), sum.get()};
 #pragma omp parallel
   {
-    Worker<T, C, U> worker(layout, a, heads, most_lanes);
+    Worker<T, C, U> worker(layout, a, heads, most_rows);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.batches * p.tokens; i++) {
       const Sequence& s = sequences[i / p.tokens];
@@ -577,9 +632,7 @@ void decode_attention(const DecodeProblem& problem, DType dtype, bool fp8, const
     using T = decltype(tag);
     if (fp8)
       decode<T, e4m3, float>(layout, a);
-    else if (problem.head_dim % units_per<PanelUnit<T>> == 0)
-      decode<T, T, PanelUnit<T>>(layout, a);
     else
-      decode<T, T, float>(layout, a);
+      decode<T, T, PanelUnit<T>>(layout, a);
   });
 }
