@@ -203,8 +203,10 @@ struct Ahead {
     return at;
   }
 };
-inline void fetch(const char* part, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(part + i);
+template <int BYTES>
+inline void fetch(const char* at) {
+#pragma GCC unroll 4
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i);
 }
 
 // out[MR rows][NV vectors] = out * rescale + sum over keys of p[row][key] values[key]; depth and ld
@@ -411,18 +413,21 @@ class Worker {
     for (int i = 0; i < kLanes; i++) parts[i] = ahead.next();
     for (int64_t d = 0; d < depth_; d += kLanes) {
       int64_t element = d * units_per<U>, left = p_.head_dim - element;
+      auto key = [&](int64_t j) {
+        fetch<kLanes * units_per<U> * sizeof(C)>(parts[j - lo] + element * sizeof(C));
+        return load_key<U>(reinterpret_cast<const C*>(base + k_offsets_[now][j]) + element, left);
+      };
       vf r[kLanes];
-      for (int64_t j = lo; j < hi; j++) {
-        r[j - lo] =
-            load_key<U>(reinterpret_cast<const C*>(base + k_offsets_[now][j]) + element, left);
-        fetch(parts[j - lo], element * sizeof(C), (element + kLanes * units_per<U>)*sizeof(C));
+      if (hi - lo == kLanes && left >= kLanes * units_per<U>) {  // stays in registers
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) r[i] = key(lo + i);
+      } else {
+        for (int i = 0; i < kLanes; i++) r[i] = lo + i < hi ? key(lo + i) : vf{};
       }
-      for (int64_t j = hi; j < lo + kLanes; j++) r[j - lo] = vf{};
       transpose(r);
-      for (int i = 0; i < kLanes; i++) {
-        U* at = keys_.get() + (d + i) * kBlock + lo;
-        std::memcpy(at, &r[i], sizeof(vf));
-      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        std::memcpy(keys_.get() + (d + i) * kBlock + lo, &r[i], sizeof(vf));
     }
   }
 
@@ -517,7 +522,7 @@ class Worker {
         Ahead ahead(base - h * head_bytes, v_offsets_[now ^ 1], heads_, head_bytes, h * kBlock);
         auto values = [&](int64_t j) {
           for (int i = 0; r == 0 && i < units_per<U>; i++)
-            fetch(ahead.next(), d * sizeof(C), (d + vectors * kLanes) * sizeof(C));
+            fetch<vectors * kLanes * sizeof(C)>(ahead.next() + d * sizeof(C));
           return copied ? &values_[j * kStride + d]
                         : reinterpret_cast<const U*>(base + offsets[j]) + d;
         };
