@@ -26,7 +26,7 @@ SHARED_NATIVE = {
         "grouped_few.h",
         "mxfp4_decode.h",
     },
-    "cuda": {"kernels.h", "library.cu", "probe.cu"},
+    "cuda": {"kernels.h", "intrinsics.h", "library.cu", "probe.cu"},
 }
 
 
