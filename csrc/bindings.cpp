@@ -187,6 +187,53 @@ void bind_attention(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::arg("d_sinks"), py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_decode_attention(py::class_<CpuKernels>& cpu) {
+  cpu.def(
+      "decode_attention",
+      [](const CpuKernels& kernels, int dtype, bool fp8, int64_t batches, int64_t tokens,
+         int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t capacity, Address seqlens,
+         Address block_table, int64_t table_stride, int64_t pages, int64_t page, Address cos,
+         Address sin, int64_t half, int64_t table_length, Address k_scale, Address v_scale,
+         Address sinks, int64_t window_left, float scale, Address q, Address k, Address v,
+         Address k_cache, Address v_cache, Strides q_strides, Strides k_strides, Strides v_strides,
+         Strides k_cache_strides, Strides v_cache_strides, Address out) {
+        DecodeProblem problem{batches,
+                              tokens,
+                              heads,
+                              kv_heads,
+                              head_dim,
+                              capacity,
+                              at<int32_t>(seqlens),
+                              at<int32_t>(block_table),
+                              table_stride,
+                              pages,
+                              page,
+                              at<float>(cos),
+                              at<float>(sin),
+                              half,
+                              table_length,
+                              at<float>(k_scale),
+                              at<float>(v_scale),
+                              at<float>(sinks),
+                              window_left,
+                              scale,
+                              k != 0};
+        kernels.decode_attention(
+            problem, static_cast<DType>(dtype), fp8,
+            {at<void>(q), at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), q_strides,
+             k_strides, v_strides, k_cache_strides, v_cache_strides, at<void>(out)});
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("fp8"), py::arg("batches"), py::arg("tokens"),
+      py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"),
+      py::arg("seqlens"), py::arg("block_table"), py::arg("table_stride"), py::arg("pages"),
+      py::arg("page"), py::arg("cos"), py::arg("sin"), py::arg("half"), py::arg("table_length"),
+      py::arg("k_scale"), py::arg("v_scale"), py::arg("sinks"), py::arg("window_left"),
+      py::arg("scale"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_cache"),
+      py::arg("v_cache"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
+      py::arg("k_cache_strides"), py::arg("v_cache_strides"), py::arg("out"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // Everything of a call by name, so that one dict in Python describes it.
 ExpertsProblem make_experts_problem(const py::kwargs& k) {
   auto size = [&](const char* name) { return k[name].cast<int64_t>(); };
@@ -361,6 +408,7 @@ PYBIND11_MODULE(_c, m) {
   bind_patch_embed(m, cpu);
   bind_rotary(cpu);
   bind_attention(m, cpu);
+  bind_decode_attention(cpu);
   bind_experts(m, cpu);
   bind_routing(m, cpu);
   bind_mxfp4(cpu);

@@ -1,6 +1,7 @@
 """Fused kernels, forward and backward, for gpt-oss-style vision-language models."""
 
 from medgpt_kernels.attention.op import attention, merge_attention
+from medgpt_kernels.decode_attention.op import decode_attention
 from medgpt_kernels.experts.op import ExpertLora, experts
 from medgpt_kernels.mxfp4.op import Mxfp4Tensor, mxfp4_quantize
 from medgpt_kernels.patch_embed.op import PackedImages, PatchData, pack_images, patch_embed
@@ -34,6 +35,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "backend",
+    "decode_attention",
     "experts",
     "load_balancing_loss",
     "merge_attention",

@@ -19,6 +19,7 @@ SHARED_NATIVE = {
         "gemm.h",
         "buffer.h",
         "dispatch.h",
+        "fp8.h",
         "vmath.h",
         "grouped_gemm.h",
         "grouped_gemm.cpp",

@@ -83,6 +83,29 @@ struct AttentionBackward {
 void attention_fwd(const AttentionProblem&, DType dtype, const AttentionForward&);
 void attention_bwd(const AttentionProblem&, DType dtype, const AttentionBackward&);
 
+// B sequences of S new tokens over caches of G heads; absent tensors are null.
+struct DecodeProblem {
+  int64_t batches, tokens, heads, kv_heads, head_dim;
+  int64_t capacity;            // keys of a sequence that its cache or its pages hold
+  const int32_t* seqlens;      // [B], -1: skipped
+  const int32_t* block_table;  // [B, max_pages] with rows table_stride apart, null: dense
+  int64_t table_stride, pages, page;
+  const float *cos, *sin;  // [table_length, half]
+  int64_t half, table_length;
+  const float *k_scale, *v_scale, *sinks;  // [G], [G], [H]
+  int64_t window_left;                     // -1: open
+  float scale;
+  bool append;  // of k and v
+};
+struct DecodeTensors {
+  const void *q, *k, *v;
+  void *k_cache, *v_cache;
+  Strides q_strides, k_strides, v_strides;   // batch, token, head
+  Strides k_cache_strides, v_cache_strides;  // batch or page, token, head
+  void* out;                                 // contiguous
+};
+void decode_attention(const DecodeProblem&, DType dtype, bool fp8, const DecodeTensors&);
+
 // T tokens, K experts a token, S = T K sorted rows, E experts, H hidden, I intermediate, R rank.
 // Absent tensors and gradients that are not wanted are null. Everything is contiguous.
 struct ExpertsProblem {
@@ -172,6 +195,7 @@ struct CpuKernels {
   decltype(&::rotary) rotary;
   decltype(&::attention_fwd) attention_fwd;
   decltype(&::attention_bwd) attention_bwd;
+  decltype(&::decode_attention) decode_attention;
   decltype(&::experts_fwd) experts_fwd;
   decltype(&::experts_bwd) experts_bwd;
   decltype(&::routing_fwd) routing_fwd;

@@ -138,13 +138,13 @@ def merge_attention(
     return (out_a * a + out_b * b).to(out_a.dtype), lse
 
 
-def _is_size(x) -> bool:
+def is_size(x) -> bool:
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
 def _window(window_size, causal: bool) -> tuple[int, int]:
     pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not pair or not all(_is_size(side) and side >= -1 for side in window_size):
+    if not pair or not all(is_size(side) and side >= -1 for side in window_size):
         raise ValueError(
             f"attention: expected window_size (left, right) of keys >= 0, or -1 for no limit, got "
             f"{window_size}"
@@ -198,7 +198,7 @@ def _check_tensors(q, k, v, sinks) -> None:
 
 def _check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and not (_is_size(longest) and longest >= 0):
+        if longest is not None and not (is_size(longest) and longest >= 0):
             raise ValueError(f"attention: expected {name} an int >= 0, got {longest}")
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:

@@ -45,7 +45,7 @@ def _tables(cos, sin, position_ids, at_k, len_q: int, len_k: int):
     return (cos[at_q], sin[at_q]), (cos[at], sin[at])
 
 
-def _probabilities(q, k, keep, sinks, softmax_scale, lse=None):
+def probabilities(q, k, keep, sinks, softmax_scale, lse=None):
     """P [H, Lq, Lk] and lse [H, Lq] of one sequence, in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -88,7 +88,7 @@ def attention_fwd(
             table_q, table_k = _tables(cos, sin, position_ids, at_k, len(qn), len(kn))
             qn, kn = rotate(qn, *table_q), rotate(kn, *table_k)
         keep = visible(len(qn), len(kn), window_left, window_right, q.device)
-        p, lse_n = _probabilities(qn, kn, keep, sinks, softmax_scale)
+        p, lse_n = probabilities(qn, kn, keep, sinks, softmax_scale)
         vn = vn.repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)
         out[at_q] = torch.einsum("hqk,khd->qhd", p.to(v.dtype), vn)
         heads_first[at_q] = lse_n if cu_seqlens_q is None else lse_n.T
@@ -129,7 +129,7 @@ def attention_bwd(
             qn, kn = rotate(qn, *table_q), rotate(kn, *table_k)
         keep = visible(len(qn), len(kn), window_left, window_right, q.device)
         lse_n = lse[:, at_q] if packed else lse[at_q]  # [H, Lq]
-        p, _ = _probabilities(qn, kn, keep, sinks, softmax_scale, lse_n)
+        p, _ = probabilities(qn, kn, keep, sinks, softmax_scale, lse_n)
         delta = (d_out_n.to(wide) * out[at_q].to(wide)).sum(-1).T  # [H, Lq]
         if d_lse is not None:
             delta = delta - (d_lse[:, at_q] if packed else d_lse[at_q])
