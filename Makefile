@@ -24,7 +24,7 @@ test:
 test-slow:  ## builds without nvcc and without a compiler, wheels, a second install
 	$(PYTHON) -m pytest -m slow
 
-aot:  ## every Triton kernel, every tuned config, every card
+aot:  ## every Triton kernel with every tuned config and every CUDA kernel, for every card
 	$(PYTHON) -m pytest -m aot
 
 bench:

@@ -128,6 +128,45 @@ void experts(const CudaKernels& kernels, const py::kwargs& k) {
                             f.at<void>("y")};
   start("experts", kernels.experts, f.place(), call);
 }
+
+cuda::DecodeTensor decode_tensor(const Fields& f, const char* name, const py::kwargs& k) {
+  return {f.at<void>(name), k[(std::string(name) + "_strides").c_str()].cast<Strides>()};
+}
+
+void decode_attention(const CudaKernels& kernels, const py::kwargs& k) {
+  Fields f(k);
+  cuda::DecodeCall call = {f.dtype(),
+                           f.flag("fp8"),
+                           f.size("batches"),
+                           f.size("tokens"),
+                           f.size("heads"),
+                           f.size("kv_heads"),
+                           f.size("head_dim"),
+                           f.size("capacity"),
+                           f.size("pages"),
+                           f.size("page"),
+                           f.at<const int32_t>("seqlens"),
+                           f.at<const int32_t>("block_table"),
+                           f.size("table_stride"),
+                           f.at<const float>("cos"),
+                           f.at<const float>("sin"),
+                           f.size("half"),
+                           f.size("table_length"),
+                           f.at<const float>("k_scale"),
+                           f.at<const float>("v_scale"),
+                           f.at<const float>("sinks"),
+                           f.size("window_left"),
+                           f.real("scale"),
+                           decode_tensor(f, "q", k),
+                           decode_tensor(f, "k", k),
+                           decode_tensor(f, "v", k),
+                           decode_tensor(f, "k_cache", k),
+                           decode_tensor(f, "v_cache", k),
+                           f.size("splits"),
+                           f.at<float>("parts"),
+                           f.at<void>("out")};
+  start("decode_attention", kernels.decode_attention, f.place(), call);
+}
 }  // namespace
 
 void bind_cuda(py::class_<CudaKernels>& cuda) {
@@ -135,4 +174,5 @@ void bind_cuda(py::class_<CudaKernels>& cuda) {
   cuda.def("rotary", &rotary);
   cuda.def("routing", &routing);
   cuda.def("experts", &experts);
+  cuda.def("decode_attention", &decode_attention);
 }

@@ -21,7 +21,9 @@ SEEDS = [0, 1, 2]
 # Experts serve without a gradient only. The first order of threads runs everything.
 SELECTED = {"experts": ("cuda and decoding", "cuda and decoding_of_uneven")}
 SELECTED |= {"routing": ("cuda", "cuda and (few or tiles)"), "rotary": ("cuda", "cuda")}
+SELECTED |= {"decode_attention": ("cuda", "cuda and (paged or fp8)")}
 LEAST_LAUNCHES = {"experts": (100, 16), "rotary": (20, 20), "routing": (50, 20)}
+LEAST_LAUNCHES |= {"decode_attention": (100, 3)}
 
 seeds = pytest.mark.parametrize("seed", SEEDS)
 
@@ -121,13 +123,15 @@ def test_memory_that_was_not_given_is_refused():
 # The ops' own tests, with the launchers of <op>/cuda.py
 
 
-def run_on_host(op: str, seed: int) -> subprocess.CompletedProcess:
+def run_on_host(
+    op: str, seed: int, *options: str, library: str = ""
+) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("MEDGPT_KERNELS_")}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
-            "cuda_host.plugin", f"tests/test_{op}.py", "-k", SELECTED[op][seed > 0],
+            "cuda_host.plugin", f"tests/test_{op}.py", "-k", SELECTED[op][seed > 0], *options,
         ],
         env=inherited
         | {
@@ -135,6 +139,7 @@ def run_on_host(op: str, seed: int) -> subprocess.CompletedProcess:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": paths,
             "CUDA_HOST_SEED": str(seed),
+            "CUDA_HOST_LIBRARY": library,
         },
         cwd=ROOT,
         capture_output=True,
@@ -164,3 +169,29 @@ def test_ops_on_the_host(op, seed, on_host):
     launches = re.search(rf"launches: .*'{op}': (\d+)", done.stdout)
     assert launches, done.stdout[-2000:]
     assert int(launches.group(1)) >= LEAST_LAUNCHES[op][seed > 0]
+
+
+BARRIER = re.compile(r"^ *__sync(threads|warp)\(\);\n", re.M)
+# Orders what other blocks read, which blocks in turn cannot tell: comes_last's before its count.
+BETWEEN_BLOCKS = {("routing", 6)}
+BARRIERS = [
+    pytest.param(path, n, id=f"{path.stem}-{n}")
+    for path in cuda_host.SOURCES
+    for n in range(len(BARRIER.findall(path.read_text())))
+    if (path.stem, n) not in BETWEEN_BLOCKS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "n"), BARRIERS)
+def test_every_barrier_is_missed(path, n, tmp_path):
+    """The kernels with one barrier left out fail their op's tests."""
+    text = path.read_text()
+    match = list(BARRIER.finditer(text))[n]
+    mutant = tmp_path / path.name
+    mutant.write_text(text[: match.start()] + ";\n" + text[match.end() :])
+    others = [p for p in cuda_host.SOURCES if p != path]
+    library = cuda_host.build([*others, mutant], "mutant")
+    done = run_on_host(path.stem, 1, "-x", library=str(library))
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout

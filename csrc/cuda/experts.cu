@@ -409,7 +409,6 @@ __global__ void __launch_bounds__(kThreads) gate_up_columns_kernel(Layer<T> l) {
       up += bias_of(l.gate_up, e * width + up_at(l, n));
       l.rows[int64_t{s + r} * l.intermediate + n] = narrow<T>(activate(l, gate, up));
     }
-    __syncthreads();
   });
 }
 
@@ -439,7 +438,6 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (s + r < end && first + c < l.hidden)
           products[s * kWide + i] = total[i] + bias_of(l.down, int64_t{e} * l.hidden + first + c);
       }
-      __syncthreads();
     });
   }
   combine(l, products, first, kWide);

@@ -69,6 +69,31 @@ struct ExpertsCall {
   void *rows, *y;  // [S, I] between the launches, [T, H]
 };
 const char* experts(const Place&, const ExpertsCall&);
+
+// B sequences of S new tokens, H query heads, G key heads, D head_dim.
+constexpr int kDecodeSplit = 256;  // keys that a block reads
+struct DecodeTensor {
+  void* at;         // null: absent
+  Strides strides;  // batch or page, token, head
+};
+struct DecodeCall {
+  DType dtype;  // of q, k, v and out
+  bool fp8;     // the caches are e4m3, else of that dtype
+  int64_t batches, tokens, heads, kv_heads, head_dim;
+  int64_t capacity, pages, page;  // keys a sequence may have
+  const int32_t *seqlens, *block_table;
+  int64_t table_stride;
+  const float *cos, *sin;
+  int64_t half, table_length;
+  const float *k_scale, *v_scale, *sinks;  // [G], [G], [H], or null
+  int64_t window_left;                     // -1: open
+  float scale;
+  DecodeTensor q, k, v, k_cache, v_cache;
+  int64_t splits;  // of a sequence, at most
+  float* parts;    // [B, S, H, splits, D + 2]
+  void* out;       // [B, S, H, D]
+};
+const char* decode_attention(const Place&, const DecodeCall&);
 }  // namespace cuda
 
 struct CudaKernels {
@@ -76,4 +101,5 @@ struct CudaKernels {
   decltype(&cuda::rotary) rotary;
   decltype(&cuda::routing) routing;
   decltype(&cuda::experts) experts;
+  decltype(&cuda::decode_attention) decode_attention;
 };

@@ -286,7 +286,6 @@ __global__ void __launch_bounds__(kProductThreads)
   }
   if (!comes_last(a.finished)) return;
   route_tile<PerLane, kProductThreads>(a, 0);
-  __syncthreads();
   place<kProductThreads>(a);
 }
 

@@ -6,6 +6,7 @@ docs/cuda.md says what this catches and what it cannot.
 import collections
 import ctypes
 import hashlib
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,30 +19,30 @@ FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unk
 
 
 def build(sources: list[Path], name: str) -> Path:
-    """One shared object of .cu sources and the runtime, compiled again only after a change."""
-    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").glob("*/*.h")]
-    sources = [HERE / "runtime.cpp", *sources]
-    digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted({*headers, *sources}):
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / "cuda_host" / digest.hexdigest()[:16]
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
+    """One shared object of .cu sources and the runtime; what has not changed is kept."""
+    headers = sorted([*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h")])
+    common = hashlib.sha256(repr(FLAGS).encode() + b"".join(p.read_bytes() for p in headers))
+    folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
 
+    def made(stem: str, suffix: str, content: bytes, *command: str) -> Path:
+        digest = common.copy()
+        digest.update(content)
+        path = folder / f"{stem}-{digest.hexdigest()[:16]}{suffix}"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.part")
+            _run("g++", *FLAGS, *command, "-o", str(part))
+            part.replace(path)
+        return path
+
     def compile_one(source: Path) -> Path:
-        made = folder / f"{name}-{source.stem}.o"
         include = ("-I", str(HERE), "-I", str(ROOT / "csrc" / "cuda"))
-        _run("g++", "-x", "c++", *FLAGS, *include, "-c", str(source), "-o", str(made))
-        return made
+        command = ("-x", "c++", *include, "-c", str(source))
+        return made(source.stem, ".o", source.read_bytes(), *command)
 
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(compile_one, sources))
-    part = library.with_suffix(f".{id(made)}.part")
-    _run("g++", "-shared", *map(str, made), "-o", str(part))
-    part.replace(library)
-    return library
+        objects = [str(p) for p in pool.map(compile_one, [HERE / "runtime.cpp", *sources])]
+    return made(name, ".so", repr(objects).encode(), "-shared", *objects)
 
 
 def _run(*command: str) -> None:
@@ -50,9 +51,13 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
 
 
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
 def kernels() -> Path:
-    """The library that stands in for _cuda.so."""
-    return build(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), "kernels")
+    """The library that stands in for _cuda.so, or the one that CUDA_HOST_LIBRARY names."""
+    given = os.environ.get("CUDA_HOST_LIBRARY")
+    return Path(given) if given else build(SOURCES, "kernels")
 
 
 class Runtime:
