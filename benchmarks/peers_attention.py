@@ -119,3 +119,18 @@ def compiled_flex(tokens: int, window: int):
         return flex(heads_first(q), heads_first(k), heads_first(v), sinks)[0].transpose(0, 1)
 
     return call
+
+
+def decode_sdpa(q, k, v, sinks) -> torch.Tensor:
+    """One new token q [1, 1, H, D] over k and v [1, G, S, D], without sinks."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def decode_lse(q, k, v, sinks) -> torch.Tensor:
+    """The same with sinks: the query heads of one key head are rows, so no key is repeated."""
+    kv_heads, head_dim = k.shape[1], k.shape[3]
+    out, lse = FLASH(q.view(1, kv_heads, -1, head_dim), k, v, 0.0, False)
+    lse = lse if lse.shape[1] == kv_heads else lse.transpose(1, 2)
+    gate = torch.sigmoid(lse - sinks.view(1, kv_heads, -1))
+    return (out * gate.unsqueeze(-1).to(out.dtype)).view(q.shape)

@@ -121,6 +121,14 @@ def attention_cost(
     return Cost(bytes=rows * (q_like * heads + k_like * kv_heads), flops=flops)
 
 
+def decode_attention_cost(
+    seen: int, heads: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """One new token over `seen` cached keys: keys and values read once, q and out beside them."""
+    elements = 2 * (seen * kv_heads + heads) * head_dim
+    return Cost(bytes=elements * dtype.itemsize, flops=4 * seen * heads * head_dim)
+
+
 def rotary_cost(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Cost:
     """q and k of `heads` heads together, read and written once, and the two fp32 tables."""
     elements = tokens * heads * head_dim

@@ -90,6 +90,31 @@ def attention(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
     return _with_gradients({"out": out, "lse": lse}, inputs, dtype)
 
 
+def decode_attention(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
+    """Two tokens on paged caches with sinks, a window and fused rotary: out and both caches."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g).to(dtype).to(device, compute)
+
+    k_cache, v_cache = random(9, 16, 4, 64), random(9, 16, 4, 64)
+    block_table = torch.randperm(9, generator=g)[:8].view(2, 4).to(device, torch.int32)
+    with torch.no_grad():
+        out = mk.decode_attention(
+            random(2, 2, 16, 64),
+            k_cache,
+            v_cache,
+            torch.tensor([7, 50], dtype=torch.int32, device=device),
+            block_table=block_table,
+            k=random(2, 2, 4, 64),
+            v=random(2, 2, 4, 64),
+            window_size=(31, 0),
+            sinks=torch.randn(16, generator=g).to(device),
+            rotary=mk.yarn_rotary(64, 64, truncate=False).to(device),
+        )
+    return {"out": out, "k_cache": k_cache, "v_cache": v_cache}
+
+
 def experts(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
     """On packed weights with LoRA, on dense weights, with gradients; then decoding's few tokens."""
     g = torch.Generator().manual_seed(0)
@@ -144,6 +169,7 @@ def mxfp4(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
 
 OPS: dict[str, Callable[[str, torch.dtype, torch.dtype], Outputs]] = {
     "attention": attention,
+    "decode_attention": decode_attention,
     "experts": experts,
     "mxfp4": mxfp4,
     "patch_embed": patch_embed,
