@@ -2,6 +2,7 @@
 PYTHON ?= python
 THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 export OMP_NUM_THREADS ?= $(THREADS)
+CXX_FILES = csrc/*.* csrc/*/* $(filter-out %.py,$(wildcard tests/cuda_host/*.*))
 
 .PHONY: install check format test test-slow aot bench bench-slow bench-save bench-compare memory wheel gpu-report clean
 
@@ -11,12 +12,12 @@ install:  ## editable, with everything the tests need
 check:  ## lint and formatting, Python and C++
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
+	clang-format --dry-run -Werror $(CXX_FILES)
 
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	clang-format -i csrc/*.cpp csrc/*/*
+	clang-format -i $(CXX_FILES)
 
 test:
 	$(PYTHON) -m pytest

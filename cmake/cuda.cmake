@@ -32,7 +32,7 @@ list(SORT built COMPARE NATURAL)
 list(GET built -1 newest)
 list(APPEND flags -gencode=arch=compute_${newest},code=compute_${newest})
 
-file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS csrc/cuda/*.h csrc/cuda/*.cuh)
+file(GLOB CUDA_HEADERS CONFIGURE_DEPENDS csrc/*.h csrc/cuda/*.h)
 set(objects "")
 foreach(source IN LISTS CUDA_SOURCES)
   get_filename_component(stem ${source} NAME_WE)

@@ -62,6 +62,7 @@ SOUND = {
     "lane": torch.where(torch.arange(64) % 32 < 16, x[3] + torch.arange(64) // 32 * 32, x[:64]),
     "dynamic": x[:64].roll(-1),
     "vector": x[:124],
+    "greedy": x[:64],
     "count": torch.tensor([64.0]),
 }
 FAULTS = {
@@ -78,6 +79,7 @@ FAULTS = {
     "lane outside the mask": "shuffle from lane 20, which takes no part",
     "dynamic past its size": "out of bounds: 4 bytes at 256 of tile of 256 bytes",
     "vector that is not aligned": "misaligned read of 16 bytes",
+    "greedy beyond a block's memory": "shared memory of 52",
     "count without atomics": "race on shared memory: .* of sum",
 }  # fmt: skip
 

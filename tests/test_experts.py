@@ -227,6 +227,11 @@ def test_outlier_block(backend, tokens):
     check(backend, *draws)
 
 
+# Decoding: Triton's launches are the same with and without a gradient, and tested above.
+
+not_triton = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+
+
 def without_gradients(backend, inputs, compute=None, **options):
     """y alone, as decoding computes it."""
     leaves = {
@@ -245,7 +250,7 @@ def check_decoding(backend, *draws, **options):
     testing.assert_close(actual, eager, truth, name="y")
 
 
-@backends
+@not_triton
 @dtypes
 @pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
@@ -259,7 +264,7 @@ def test_decoding(backend, dtype, weights, tokens):
     check_decoding(backend, *draws, weight_layout=layout)
 
 
-@backends
+@not_triton
 @pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
 @pytest.mark.parametrize("gate_up_layout", ["interleaved", "concatenated"])
 @pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
@@ -271,7 +276,7 @@ def test_decoding_activations_and_layouts(backend, activation, gate_up_layout, w
     check_decoding(backend, *draws, weight_layout=layout, **options)
 
 
-@backends
+@not_triton
 @pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
 @pytest.mark.parametrize("sizes", [(32, 32), (2080, 32), (32, 2080), (544, 288)], ids=str)
 def test_decoding_sizes(backend, sizes, weights):
@@ -281,7 +286,7 @@ def test_decoding_sizes(backend, sizes, weights):
     check_decoding(backend, *draws, weight_layout=layout)
 
 
-@backends
+@not_triton
 @pytest.mark.parametrize("weights", ["in_out", "mxfp4"])
 def test_decoding_of_uneven_experts(backend, weights):
     """All on one, one twice for a token, the last of many experts, no token."""

@@ -19,6 +19,7 @@ SCORINGS = {
 INTEGERS = ("topk_ids", "expert_hist", "expert_offs", "gather_indices", "scatter_indices")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+not_triton = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 every = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 scorings = pytest.mark.parametrize("options", SCORINGS.values(), ids=SCORINGS)
@@ -99,7 +100,7 @@ def test_shapes(backend, tokens, hidden, experts, topk):
     check(backend, make(tokens, hidden, experts), topk)
 
 
-@backends
+@not_triton
 @scorings
 @pytest.mark.parametrize(
     ("tokens", "experts", "topk"),
@@ -110,7 +111,7 @@ def test_few_tokens(backend, options, tokens, experts, topk):
     check(backend, make(tokens, 96, experts), topk, **options)
 
 
-@backends
+@not_triton
 @pytest.mark.parametrize(("tokens", "topk"), [(31, 5), (33, 5), (95, 12), (257, 5)])
 def test_given_logits_of_many_tiles(backend, tokens, topk):
     check(backend, [distinct_logits(tokens, 40)], topk, call=mk.routing_from_logits)

@@ -140,11 +140,12 @@ __device__ __forceinline__ void multiply_mxfp4(const Matrix<T>& m,
           }
         }
       }
-      if (!late) continue;
+      if constexpr (late) {
 #pragma unroll
-      for (int c = 0; c < kColumns; c++)
+        for (int c = 0; c < kColumns; c++)
 #pragma unroll
-        for (int r = 0; r < Rows; r++) sums.at[r][c] += part.at[r][c] * scale_of(scales[n][c]);
+          for (int r = 0; r < Rows; r++) sums.at[r][c] += part.at[r][c] * scale_of(scales[n][c]);
+      }
     }
   }
 #pragma unroll

@@ -122,6 +122,14 @@ __global__ void count_kernel(Global<float> out, Global<const float> in, int n) {
   __syncthreads();
   if (t == 0) out[0] = sum[0];
 }
+// 52,000 bytes where cards have 49,152.
+template <bool fault>
+__global__ void greedy_kernel(Global<float> out, Global<const float> in, int n) {
+  SHARED_ARRAY(float, tile, fault ? 13000 : 12000);
+  int t = threadIdx.x;
+  tile[t] = load(in + t);
+  out[t] = tile[t];
+}
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char* planted(const char* name, float* out,
@@ -150,6 +158,8 @@ extern "C" __attribute__((visibility("default"))) const char* planted(const char
       {"dynamic past its size", dynamic_kernel<true>},
       {"vector", vector_kernel<false>},
       {"vector that is not aligned", vector_kernel<true>},
+      {"greedy", greedy_kernel<false>},
+      {"greedy beyond a block's memory", greedy_kernel<true>},
       {"count", count_kernel<true>},
       {"count without atomics", count_kernel<false>},
   };
