@@ -12,7 +12,7 @@ elseif(archs STREQUAL "")
     string(REGEX MATCHALL "[0-9]+" archs "${caps}")
     list(REMOVE_DUPLICATES archs)
   else()
-    set(archs 80 90)  # no card in sight: what most servers have, PTX carries the rest
+    set(archs 80)  # no card in sight: PTX carries the rest, and the build stays short
   endif()
 endif()
 
