@@ -2,6 +2,7 @@
 PYTHON ?= python
 THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 export OMP_NUM_THREADS ?= $(THREADS)
+CXX_FILES = csrc/*.* csrc/*/* $(filter-out %.py,$(wildcard tests/cuda_host/*.*))
 
 .PHONY: install check format test test-slow aot bench bench-slow bench-save bench-compare memory wheel gpu-report clean
 
@@ -11,12 +12,12 @@ install:  ## editable, with everything the tests need
 check:  ## lint and formatting, Python and C++
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
+	clang-format --dry-run -Werror $(CXX_FILES)
 
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	clang-format -i csrc/*.cpp csrc/*/*
+	clang-format -i $(CXX_FILES)
 
 test:
 	$(PYTHON) -m pytest
@@ -24,7 +25,7 @@ test:
 test-slow:  ## builds without nvcc and without a compiler, wheels, a second install, LoRA on reports
 	$(PYTHON) -m pytest -m slow
 
-aot:  ## every Triton kernel, every tuned config, every card
+aot:  ## every Triton kernel with every tuned config and every CUDA kernel, for every card
 	$(PYTHON) -m pytest -m aot
 
 bench:

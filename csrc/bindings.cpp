@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings_cuda.h"
 #include "cpu/kernels.h"
-#include "cuda/kernels.h"
 
 namespace py = pybind11;
 
@@ -418,7 +418,7 @@ PYBIND11_MODULE(_c, m) {
       py::return_value_policy::reference);
 
   py::class_<CudaKernels> cuda(m, "CudaKernels");
-  cuda.def("probe", [](const CudaKernels& k, int device) { return k.probe(device); });
+  bind_cuda(cuda);
   m.def(
       "open_cuda",
       [](const std::string& path) {

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from medgpt_kernels.registry import Unsupported
+from medgpt_kernels.registry import PassedOn, Unsupported
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
@@ -78,6 +78,19 @@ def cuda(device: int = 0):
     if reason:
         raise Unsupported(f"probe launch on device {device}: {reason}")
     return library
+
+
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """The ordinal of a CUDA tensor's device, and the handle of torch's current stream there."""
+    device = tensor.device.index
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def check_rows(*tensors: torch.Tensor) -> None:
+    """Raise PassedOn unless every row of these tensors can be read 16 bytes at a time."""
+    for t in tensors:
+        if t.data_ptr() % 16 or t.shape[-1] * t.itemsize % 16:
+            raise PassedOn(f"rows of {t.shape[-1]} {t.dtype} that do not start on 16 bytes")
 
 
 def problem(name: str, **fields):

@@ -27,6 +27,10 @@ class Unsupported(Exception):
     """A backend cannot honour this call; the text says why. Raised before any work is done."""
 
 
+class PassedOn(Unsupported):
+    """By design another backend serves this call, also where this one was asked for by name."""
+
+
 class BackendError(RuntimeError):
     """The backend that was asked for by name cannot serve this call."""
 
@@ -139,7 +143,8 @@ def dispatch(operator: Operator, device_type: str, args: tuple):
     refused this call, one warning says why, or MEDGPT_KERNELS_STRICT=1 makes it an error.
     """
     reasons = {}
-    for name in _order(device_type):
+    names = list(_order(device_type))
+    for name in names:  # may grow
         try:
             kernel = _kernel(operator, device_type, name)
             if name == "reference" and reasons:
@@ -148,6 +153,8 @@ def dispatch(operator: Operator, device_type: str, args: tuple):
         except Unsupported as reason:
             if chosen_backend() or name in operator.modules:
                 reasons[name] = str(reason)
+            if isinstance(reason, PassedOn):
+                names[names.index(name) + 1 :] = (n for n in candidates(device_type) if n != name)
     raise BackendError(f"{operator.name}: no backend for {device_type} ({reasons})")
 
 

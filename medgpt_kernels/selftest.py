@@ -116,7 +116,7 @@ def decode_attention(device: str, dtype: torch.dtype, compute: torch.dtype) -> O
 
 
 def experts(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
-    """A layer on packed weights with LoRA, then one on dense weights: y and gradients of both."""
+    """On packed weights with LoRA, on dense weights, with gradients; then decoding's few tokens."""
     g = torch.Generator().manual_seed(0)
     topk_ids = torch.rand(61, 8, generator=g).argsort(1)[:, :4].to(device)
     shapes = {"x": (61, 64), "gate_up_proj_bias": (8, 192), "down_proj_bias": (8, 64)}
@@ -137,16 +137,27 @@ def experts(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
         ),
         "dense": mk.experts(x * 0.1, data, up, up_bias, down, bias),
     }
-    return _with_gradients(outputs, {**inputs, "topk_weights": topk_weights}, dtype)
+    found = _with_gradients(outputs, {**inputs, "topk_weights": topk_weights}, dtype)
+    with torch.no_grad():
+        few = mk.routing_from_topk(topk_ids[:3], topk_weights[:3], 8)
+        found["few_packed"] = mk.experts(x[:3] * 0.1, few, packed[0], up_bias, packed[1], bias)
+        found["few_dense"] = mk.experts(x[:3] * 0.1, few, up, up_bias, down, bias)
+    return found
 
 
 def routing(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:
-    """Ids, weights, order and logits; gradients through weights and logits."""
+    """Ids, weights, order and logits; gradients through weights and logits; then few tokens."""
     inputs = _leaves(device, dtype, compute, x=(97, 64), weight=(32, 64), bias=(32,))
     data = mk.routing(**inputs, topk=4)
     outputs = {"topk_weights": data.topk_weights, "logits": data.logits}
     integers = {n: t for n, t in data._asdict().items() if n not in outputs}
-    return {**_with_gradients(outputs, inputs, dtype), **integers}
+    with torch.no_grad():
+        few = mk.routing(inputs["x"][:7], inputs["weight"], inputs["bias"], topk=4)
+    return {
+        **_with_gradients(outputs, inputs, dtype),
+        **integers,
+        **{f"few_{n}": t for n, t in few._asdict().items()},
+    }
 
 
 def mxfp4(device: str, dtype: torch.dtype, compute: torch.dtype) -> Outputs:

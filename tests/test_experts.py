@@ -249,6 +249,81 @@ def test_nan_goes_where_eager_takes_it(backend, activation):
     assert found["y"].isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
+# Decoding: Triton's launches are the same with and without a gradient, and tested above.
+
+not_triton = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+
+
+def without_gradients(backend, inputs, compute=None, **options):
+    """y alone, as decoding computes it."""
+    leaves = {
+        n: t.detach() if isinstance(t, torch.Tensor) else t
+        for n, t in wide(inputs, compute).items()
+    }
+    with torch.no_grad(), mk.backend(backend), testing.poisoned_empty():
+        return call(leaves, **options)
+
+
+def check_decoding(backend, *draws, **options):
+    truth, eager, actual = (
+        torch.cat([without_gradients(name, t, compute, **options).flatten() for t in draws])
+        for name, compute in (("reference", torch.float64), ("reference", None), (backend, None))
+    )
+    testing.assert_close(actual, eager, truth, name="y")
+
+
+@not_triton
+@dtypes
+@pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_decoding(backend, dtype, weights, tokens):
+    """Few tokens without a gradient; one, two, three and more rows an expert."""
+    packed, layout = weights == "mxfp4", "out_in" if weights == "out_in" else "in_out"
+    sizes = {"tokens": tokens, "hidden": 96, "intermediate": 160, "topk": 3}
+    draws = [
+        make(**sizes, dtype=dtype, packed=packed, weight_layout=layout, draw=n) for n in range(2)
+    ]
+    check_decoding(backend, *draws, weight_layout=layout)
+
+
+@not_triton
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu"])
+@pytest.mark.parametrize("gate_up_layout", ["interleaved", "concatenated"])
+@pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
+def test_decoding_activations_and_layouts(backend, activation, gate_up_layout, weights):
+    packed, layout = weights == "mxfp4", "out_in" if weights == "out_in" else "in_out"
+    sizes = {"tokens": 5, "hidden": 32, "intermediate": 96, "bias": activation == "swiglu_oai"}
+    draws = [make(**sizes, packed=packed, weight_layout=layout, draw=n) for n in range(3)]
+    options = {"activation": activation, "gate_up_layout": gate_up_layout}
+    check_decoding(backend, *draws, weight_layout=layout, **options)
+
+
+@not_triton
+@pytest.mark.parametrize("weights", ["in_out", "out_in", "mxfp4"])
+@pytest.mark.parametrize("sizes", [(32, 32), (2080, 32), (32, 2080), (544, 288)], ids=str)
+def test_decoding_sizes(backend, sizes, weights):
+    """A step of a warp, one more block than it, outputs beside the tiles."""
+    packed, layout = weights == "mxfp4", "out_in" if weights == "out_in" else "in_out"
+    draws = [make(2, *sizes, 3, 2, packed=packed, weight_layout=layout, draw=n) for n in range(3)]
+    check_decoding(backend, *draws, weight_layout=layout)
+
+
+@not_triton
+@pytest.mark.parametrize("weights", ["in_out", "mxfp4"])
+def test_decoding_of_uneven_experts(backend, weights):
+    """All on one, one twice for a token, the last of many experts, no token."""
+    for experts, ids in (
+        (5, torch.full((16, 1), 2)),
+        (3, torch.tensor([[1, 1], [0, 2], [2, 2]])),
+        (70, torch.tensor([[69, 33], [33, 0]])),
+        (4, torch.empty(0, 2, dtype=torch.int64)),
+    ):
+        sizes = {"tokens": len(ids), "hidden": 32, "intermediate": 32, "experts": experts}
+        packed = weights == "mxfp4"
+        draws = [make(**sizes, topk=ids.shape[1], ids=ids, packed=packed, draw=n) for n in range(3)]
+        check_decoding(backend, *draws)
+
+
 # What only the Triton kernels have: skewed schedules, ranks beside a tile, decoding in registers
 
 triton_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])

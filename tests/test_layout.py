@@ -28,7 +28,7 @@ SHARED_NATIVE = {
         "grouped_few.h",
         "mxfp4_decode.h",
     },
-    "cuda": {"kernels.h", "library.cu", "probe.cu"},
+    "cuda": {"kernels.h", "intrinsics.h", "library.cu", "probe.cu"},
 }
 
 

@@ -101,6 +101,22 @@ def test_next_backend_serves_before_the_reference(operator, recwarn, monkeypatch
     assert len(recwarn) == 0
 
 
+def test_what_a_backend_passes_on_by_design_is_no_failure(operator, recwarn, monkeypatch):
+    """backend("cuda") then reaches Triton, and the reference only with the reason."""
+
+    def pass_on(x):
+        raise registry.PassedOn("too many")
+
+    operator.loaded |= {"cuda": pass_on, "triton": lambda x: "triton"}
+    with mk.backend("cuda"):
+        assert registry.dispatch(operator, "cuda", (1,)) == "triton"
+        assert len(recwarn) == 0
+        del operator.loaded["triton"]
+        monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "1")
+        with pytest.raises(registry.BackendError, match="too many"):
+            registry.dispatch(operator, "cuda", (1,))
+
+
 def test_strict_is_zero_or_one(monkeypatch):
     monkeypatch.setenv("MEDGPT_KERNELS_STRICT", "true")
     with pytest.raises(ValueError, match="expected 0 or 1, got 'true'"):

@@ -7,7 +7,7 @@ import medgpt_kernels as mk
 from medgpt_kernels import testing
 
 BACKENDS = [b for b in testing.backend_modules("routing") if b != "reference"]
-WITH_VALUES = [b for b in ("reference", *BACKENDS) if b != "triton"]  # those that may look at them
+WITH_VALUES = [b for b in ("reference", *BACKENDS) if b in ("reference", "cpu")]  # may look at them
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCORINGS = {
     "gpt-oss": {},
@@ -19,6 +19,7 @@ SCORINGS = {
 INTEGERS = ("topk_ids", "expert_hist", "expert_offs", "gather_indices", "scatter_indices")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+not_triton = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 every = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 scorings = pytest.mark.parametrize("options", SCORINGS.values(), ids=SCORINGS)
@@ -97,6 +98,23 @@ def test_routing_and_gradients(backend, dtype, options):
 )
 def test_shapes(backend, tokens, hidden, experts, topk):
     check(backend, make(tokens, hidden, experts), topk)
+
+
+@not_triton
+@scorings
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk"),
+    [(1, 32, 4), (16, 32, 4), (5, 128, 8), (3, 256, 16), (2, 7, 7), (16, 33, 2), (0, 32, 4)],
+)
+def test_few_tokens(backend, options, tokens, experts, topk):
+    """Decoding, where one launch does it all."""
+    check(backend, make(tokens, 96, experts), topk, **options)
+
+
+@not_triton
+@pytest.mark.parametrize(("tokens", "topk"), [(31, 5), (33, 5), (95, 12), (257, 5)])
+def test_given_logits_of_many_tiles(backend, tokens, topk):
+    check(backend, [distinct_logits(tokens, 40)], topk, call=mk.routing_from_logits)
 
 
 @backends

@@ -4,10 +4,7 @@
 // visible symbol returns this table; the Python module opens the library that fits the machine.
 #pragma once
 
-#include <array>
-#include <cstdint>
-
-enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3 };
+#include "../dtype.h"
 
 // N images, T patches, R prefix rows an image, P patch side, D width, G side of the table (0:
 // none).
@@ -41,8 +38,6 @@ struct PatchEmbedBackward {
 
 void patch_embed_fwd(const PatchEmbedProblem&, const PatchEmbedForward&);
 void patch_embed_bwd(const PatchEmbedProblem&, const PatchEmbedBackward&);
-
-using Strides = std::array<int64_t, 3>;  // elements from one batch, token, head to the next
 
 // Rotates q and k (direction 1) or takes their gradients back (-1). H heads, half = R / 2.
 struct RotaryProblem {

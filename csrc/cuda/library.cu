@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 extern "C" __attribute__((visibility("default"))) const CudaKernels* medgpt_cuda_kernels() {
-  static const CudaKernels kernels = {&cuda_probe};
+  static const CudaKernels kernels = {&cuda_probe, &cuda::rotary, &cuda::routing, &cuda::experts,
+                                      &cuda::decode_attention};
   return &kernels;
 }

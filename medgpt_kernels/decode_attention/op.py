@@ -220,5 +220,6 @@ _operator = registry.register(
     "Tensor? cos, Tensor? sin, SymInt window_left, float softmax_scale) -> Tensor out",
     package=__package__,
     fake=_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 _decode_attention = registry.direct(_operator)

@@ -280,7 +280,7 @@ _ARGUMENTS = (
     "float lora_scaling"
 )
 
-_BACKENDS = ("reference", "cpu", "triton")
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # With MXFP4 weights gate_up_proj and down_proj are the blocks, and weight_layout is not read.
 # Without keep_pre_activation, pre_activation has no rows and no gradient can be taken.

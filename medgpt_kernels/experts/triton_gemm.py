@@ -300,7 +300,7 @@ def choose(x: torch.Tensor, rows: int, num_experts: int, packed: bool) -> Tile:
 def halved(x: torch.Tensor, tile: Tile, families: Collection[str]) -> Tile:
     """Half the columns on card families where the activation behind the product would spill."""
     full = tile.block_m >= 64 and card_family(x) in families
-    return tile._replace(block_n=64) if full else tile
+    return tile._replace(block_n=64, block_k=64) if full else tile
 
 
 def choose_token(x: torch.Tensor) -> Tile:

@@ -158,12 +158,14 @@ def _backward(ctx, d_q, d_k):
     return d_q if need_q else None, d_k if need_k else None, None, None, None, None
 
 
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
 _TABLES = "Tensor cos, Tensor sin, Tensor? position_ids, Tensor? cu_seqlens"
 
 _rotary_fwd = registry.register(
     f"rotary_fwd(Tensor q, Tensor k, {_TABLES}) -> (Tensor q_out, Tensor k_out)",
     package=__package__,
     fake=_fwd_fake,
+    backends=_BACKENDS,
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -171,4 +173,5 @@ _rotary_bwd = registry.register(
     f"rotary_bwd(Tensor d_q, Tensor d_k, {_TABLES}) -> (Tensor d_q_out, Tensor d_k_out)",
     package=__package__,
     fake=_fwd_fake,
+    backends=_BACKENDS,
 )

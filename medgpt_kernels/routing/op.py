@@ -358,7 +358,7 @@ _CHOICE = "Tensor? correction_bias, Tensor? topk_ids, SymInt topk, str scoring, 
 _SORTED = "Tensor expert_hist, Tensor expert_offs, Tensor gather_indices, Tensor scatter_indices"
 _SAVED = "Tensor topk_weights, Tensor topk_ids, Tensor logits, str scoring, bool renormalize"
 
-_BACKENDS = ("reference", "cpu", "triton")
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _routing_fwd = registry.register(
     f"routing_fwd(Tensor x, Tensor weight, Tensor? bias, {_CHOICE}) -> "
