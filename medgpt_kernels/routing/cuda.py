@@ -38,7 +38,10 @@ def _launch(
 
     weights = ids = None
     if logits is not None:
-        weights, ids = torch.empty(tokens, topk, device=device), integers(tokens, topk)
+        weights, ids = (
+            torch.empty(tokens, topk, dtype=torch.float32, device=device),
+            integers(tokens, topk),
+        )
     slots = tokens * topk
     order = (integers(num_experts), integers(num_experts + 1), integers(slots), integers(slots))
     scratch = integers(1 + num_experts * max(1, -(-tokens // TILE)))
@@ -78,7 +81,7 @@ def routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renor
     x = x if x.stride(-1) == 1 and x.stride(0) * x.itemsize % 16 == 0 else x.contiguous()
     weight = weight.contiguous()
     native.check_rows(x, weight)
-    logits = torch.empty(tokens, num_experts, device=x.device)
+    logits = torch.empty(tokens, num_experts, dtype=torch.float32, device=x.device)
     routed = _launch(
         x, weight, bias, logits, correction_bias, topk_ids, tokens, num_experts, topk,
         scoring, renormalize,
