@@ -48,7 +48,8 @@ template <int MR, int NB>
 void dots(const PackedRow (&w)[NB], int64_t depth, const float* a, int64_t stride,
           vf (*sums)[kLanes]) {
   vf acc[MR][NB] = {};
-  int64_t ahead = NB * depth / 2;  // rows are too short for the hardware to see them coming
+  // Rows are too short for the hardware to see them coming; one alone is a stream of all of them.
+  int64_t ahead = NB == 1 ? 4096 : NB * depth / 2;
   for (int64_t block = 0; block < depth / kBlock; block++) {
     const float* rows = a + block * kBlock;
 #pragma GCC unroll 4
@@ -124,7 +125,7 @@ void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, c
       m += 2;
     }
     if (m < rows)
-      few_outputs<1, 4, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
+      few_outputs<1, 1, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
                              c_stride, first);
   }
 }
