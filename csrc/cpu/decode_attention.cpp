@@ -211,34 +211,33 @@ inline vf across_keys(vf v, const F& f) {
 
 // The lines of the next block's rows of all heads, in the order in which they lie in memory, asked
 // for one by one while this block is worked on. The processor drops a prefetch from a page that it
-// has not looked up; hence a load from it, some rows ahead.
+// has not looked up; hence a load where a page begins.
 class Ahead {
  public:
-  static constexpr int64_t kLookUp = 4;
   void start(const void* const* rows, int64_t count, int64_t heads, int64_t head_bytes,
              int64_t run_bytes) {
-    rows_ = reinterpret_cast<const char* const*>(rows), count_ = count, heads_ = heads;
-    stride_ = head_bytes, run_ = run_bytes, row_ = head_ = at_ = 0;
-    for (int64_t i = 0; i < std::min(kLookUp, count); i++) look_up(i);
-    line_ = count > 0 ? rows_[0] : nullptr;
+    rows_ = reinterpret_cast<const char* const*>(rows), end_ = rows_ + count, heads_ = heads;
+    skip_ = head_bytes - run_bytes, run_ = run_bytes;
+    if (count > 0) start_row();
   }
   void ask(int count) {
-    for (; count > 0 && row_ < count_; count--) {
-      __builtin_prefetch(line_ + at_);
-      at_ += 64;
-      if (at_ < run_) continue;
-      at_ = 0, line_ += stride_;
-      if (++head_ < heads_) continue;
-      head_ = 0, row_++;
-      if (row_ < count_) line_ = rows_[row_];
-      if (row_ + kLookUp <= count_) look_up(row_ + kLookUp - 1);
+    for (; count > 0 && rows_ < end_; count--) {
+      if ((reinterpret_cast<uintptr_t>(line_) & 4095) < 64)
+        (void)*static_cast<const volatile char*>(line_);
+      else
+        __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      if (line_ < run_end_) continue;
+      line_ = run_end_ + skip_, run_end_ = line_ + run_;
+      if (++head_ == heads_ && ++rows_ < end_) start_row();
     }
   }
 
  private:
-  void look_up(int64_t row) const { (void)*static_cast<const volatile char*>(rows_[row]); }
-  const char *const *rows_ = nullptr, *line_ = nullptr;
-  int64_t count_ = 0, heads_ = 0, stride_ = 0, run_ = 0, row_ = 0, head_ = 0, at_ = 0;
+  void start_row() { line_ = *rows_, run_end_ = line_ + run_, head_ = 0; }
+  const char *const *rows_ = nullptr, *const *end_ = nullptr;
+  const char *line_ = nullptr, *run_end_ = nullptr;
+  int64_t heads_ = 0, skip_ = 0, run_ = 0, head_ = 0;
 };
 
 // out[MR rows][NV vectors] = out * rescale + sum over keys of p[key][row] values[key]; depth and ld
