@@ -144,6 +144,15 @@ inline vr add_key(vr sum, const uint32_t* rows, uint32_t key) {
 }
 #endif
 
+// A row of fp32 as units, there or in `out`
+inline const float* to_units(const float* row, float*, int64_t) { return row; }
+#if defined(__AVX512BF16__)
+inline const uint32_t* to_units(const float* row, uint32_t* out, int64_t padded) {
+  store_row(row, reinterpret_cast<bf16*>(out), padded);
+  return out;
+}
+#endif
+
 // A row of keys as units [padded]
 template <typename C>
 inline void copy_key(const C* in, float* out, int64_t n, int64_t padded) {
@@ -210,40 +219,53 @@ inline vf across_keys(vf v, const F& f) {
 }
 
 // The lines of the next block's rows of all heads, in the order in which they lie in memory, asked
-// for one by one while this block is worked on. The processor drops a prefetch from a page that it
-// has not looked up; hence a load where a page begins.
+// for two by two while this block is worked on. The processor drops a prefetch from a page that it
+// has not looked up; hence a load from each page first, all at once since each waits for memory.
 class Ahead {
  public:
   void start(const void* const* rows, int64_t count, int64_t heads, int64_t head_bytes,
              int64_t run_bytes) {
-    rows_ = reinterpret_cast<const char* const*>(rows), end_ = rows_ + count, heads_ = heads;
-    skip_ = head_bytes - run_bytes, run_ = run_bytes;
-    if (count > 0) start_row();
+    rows_ = reinterpret_cast<const char* const*>(rows), end_ = rows_ + count;
+    bool joined = head_bytes == run_bytes;
+    heads_ = joined ? 1 : heads, head_bytes_ = head_bytes;
+    run_ = joined ? heads * run_bytes : run_bytes;
+    head_ = 0, line_ = run_end_ = nullptr;
+    if (count > 0) line_ = *rows_, run_end_ = line_ + run_;
+    uintptr_t page = 0;
+    for (int64_t h = 0; h < heads_; h++)
+      for (int64_t j = 0; j < count; j++)
+        for (const char* at : {rows_[j] + h * head_bytes, rows_[j] + h * head_bytes + run_ - 1}) {
+          if (reinterpret_cast<uintptr_t>(at) / 4096 == page) continue;
+          page = reinterpret_cast<uintptr_t>(at) / 4096;
+          (void)*static_cast<const volatile char*>(at);
+        }
   }
-  void ask(int count) {
-    for (; count > 0 && rows_ < end_; count--) {
-      if ((reinterpret_cast<uintptr_t>(line_) & 4095) < 64)
-        (void)*static_cast<const volatile char*>(line_);
-      else
-        __builtin_prefetch(line_, 0, 2);
-      line_ += 64;
-      if (line_ < run_end_) continue;
-      line_ = run_end_ + skip_, run_end_ = line_ + run_;
-      if (++head_ == heads_ && ++rows_ < end_) start_row();
-    }
+  inline void ask() {
+    if (line_ >= run_end_ && !next_run()) return;
+    __builtin_prefetch(line_, 0, 2);
+    __builtin_prefetch(line_ + 64, 0, 2);
+    line_ += 128;
   }
 
  private:
-  void start_row() { line_ = *rows_, run_end_ = line_ + run_, head_ = 0; }
+  bool next_run() {
+    if (rows_ == end_) return false;
+    if (++head_ == heads_) {
+      head_ = 0;
+      if (++rows_ == end_) return false;
+    }
+    line_ = *rows_ + head_ * head_bytes_, run_end_ = line_ + run_;
+    return true;
+  }
   const char *const *rows_ = nullptr, *const *end_ = nullptr;
   const char *line_ = nullptr, *run_end_ = nullptr;
-  int64_t heads_ = 0, skip_ = 0, run_ = 0, head_ = 0;
+  int64_t heads_ = 0, head_bytes_ = 0, run_ = 0, head_ = 0;
 };
 
 // out[MR rows][NV vectors] = out * rescale + sum over keys of p[key][row] values[key]; depth and ld
 // in units; values(j, v) loads NV vectors
 template <int MR, int NV, typename U, typename Values>
-inline void add_values(int64_t depth, const U* p, const Values& values, const float* rescale,
+[[gnu::always_inline]] inline void add_values(int64_t depth, const U* p, const Values& values, const float* rescale,
                        float* out, int64_t padded) {
   vf acc[MR][NV] = {};
   for (int64_t j = 0; j < depth; j++) {
@@ -274,6 +296,9 @@ inline void for_tiles(int64_t rows, const F& f) {
   if (r < rows) f(r, std::integral_constant<int, 1>{});
 }
 
+template <typename C>
+const C kZeros[256] = {};  // a row of them
+
 // One thread's work on the units of one call. C is the caches' type, U a float or a pair of bf16.
 template <typename T, typename C, typename U>
 class Worker {
@@ -293,7 +318,7 @@ class Worker {
         values_(kBlock * kStride),
         scores_(kBlock * kChunk),
         probabilities_(kBlock * kChunk),
-        row_(padded_ + 1),
+        row_(padded_),
         lo_(most_slots_),
         hi_(most_slots_) {}
 
@@ -409,12 +434,12 @@ class Worker {
         load_row(q, row, p_.head_dim, padded_);
         if (p_.cos != nullptr)
           rotate_row(row, p_.cos + at * p_.half, p_.sin + at * p_.half, p_.half, 1.0f);
-        row[p_.head_dim] = 0.0f;  // the other half of an odd pair
       } else {
-        std::fill_n(row, padded_ + 1, 0.0f);
+        std::fill_n(row, padded_, 0.0f);
       }
+      const U* units = to_units(row, keys_.get(), padded_);
       U* out = queries + r / kChunk * kChunk * depth_ + r % kChunk;
-      for (int64_t d = 0; d < depth_; d++) out[d * kChunk] = make_unit<U>(row + d * units_per<U>);
+      for (int64_t d = 0; d < depth_; d++) out[d * kChunk] = units[d];
     }
   }
 
@@ -433,28 +458,30 @@ class Worker {
   // Points to one head's rows of the block, or to copies of them; those past `count` are zeros.
   void take_head(int64_t h, int64_t kv_head, int64_t count, int now) {
     scale_ = p_.k_scale == nullptr ? p_.scale : p_.scale * p_.k_scale[kv_head];
-    static const C zeros[256] = {};
     constexpr bool same = sizeof(C) * units_per<U> == sizeof(U);
     bool copy_k = !same || p_.head_dim % units_per<U> != 0;
     copied_ = !same || p_.head_dim % (kTileVectors * kLanes) != 0;
     int64_t kh = h * a_.k_cache_strides[2], vh = h * a_.v_cache_strides[2];
-    for (int64_t j = 0; j < round_up(count, kTileKeys); j++) {
-      const C* k = j < count ? static_cast<const C*>(k_rows_[now][j]) + kh : zeros;
-      const C* v = j < count ? static_cast<const C*>(v_rows_[now][j]) + vh : zeros;
-      head_k_[j] = k, head_v_[j] = v;
-      if (copy_k) {
-        copy_key(k, &keys_[j * kStride], p_.head_dim, padded_);
-        head_k_[j] = &keys_[j * kStride];
-      }
-      if (copied_ && j % units_per<U> == units_per<U> - 1)
-        copy_values(static_cast<const C*>(head_v_[j + 1 - units_per<U>]), v,
-                    &values_[j / units_per<U> * kStride], p_.head_dim, padded_);
+    int64_t keys = round_up(count, kTileKeys);
+    for (int64_t j = 0; j < count; j++) {
+      head_k_[j] = static_cast<const C*>(k_rows_[now][j]) + kh;
+      head_v_[j] = static_cast<const C*>(v_rows_[now][j]) + vh;
+    }
+    for (int64_t j = count; j < keys; j++) head_k_[j] = head_v_[j] = kZeros<C>;
+    for (int64_t j = 0; copied_ && j < keys; j += units_per<U>)
+      copy_values(static_cast<const C*>(head_v_[j]),
+                  static_cast<const C*>(head_v_[j + units_per<U> - 1]),
+                  &values_[j / units_per<U> * kStride], p_.head_dim, padded_);
+    for (int64_t j = 0; copy_k && j < keys; j++) {
+      copy_key(static_cast<const C*>(head_k_[j]), &keys_[j * kStride], p_.head_dim, padded_);
+      head_k_[j] = &keys_[j * kStride];
     }
   }
 
   // Scores [kBlock][kChunk] of a chunk of rows, unscaled, kTileKeys keys at a time.
   void score(const U* queries, int64_t count) {
     int64_t step = units_per<U> == 1 ? kSumStep : depth_;
+    Ahead ahead = k_ahead_;
     for (int64_t j = 0; j < count; j += kTileKeys) {
       const U* keys[kTileKeys];
       for (int k = 0; k < kTileKeys; k++) keys[k] = static_cast<const U*>(head_k_[j + k]);
@@ -468,7 +495,7 @@ class Worker {
             part[k] = add_key(part[k], queries + at * kChunk, keys[k][at]);
         };
         for (; d + 4 <= end; d += 4) {
-          k_ahead_.ask(2);
+          ahead.ask();
 #pragma GCC unroll 4
           for (int i = 0; i < 4; i++) one(d + i);
         }
@@ -478,6 +505,7 @@ class Worker {
       }
       std::memcpy(&scores_[j * kChunk], sum, sizeof(sum));
     }
+    k_ahead_ = ahead;
   }
 
   // Scores to probabilities, relative to each row's running maximum; keys that a row does not see
@@ -538,17 +566,18 @@ class Worker {
   // Values times probabilities into out [rows][Dp].
   void add(int64_t rows, int64_t count, float* out) {
     int64_t depth = (count + units_per<U> - 1) / units_per<U>;
+    Ahead ahead = v_ahead_;
     for_tiles(rows, [&](int64_t r, auto tile) {
       const U* p = &probabilities_[r];
       int64_t d = 0;
       for (; d + kTileVectors * kLanes <= padded_; d += kTileVectors * kLanes) {
         auto copies = [&](int64_t j, auto& v) {
-          v_ahead_.ask(2);
+          ahead.ask();
           for (int n = 0; n < kTileVectors; n++)
             v[n] = load_units(&values_[j * kStride + d + n * kLanes]);
         };
         auto rows_themselves = [&](int64_t j, auto& v) {
-          v_ahead_.ask(2);
+          ahead.ask();
           int64_t key = j * units_per<U>;
           load_values(static_cast<const Value*>(head_v_[key]) + d,
                       static_cast<const Value*>(head_v_[key + units_per<U> - 1]) + d, v);
@@ -565,6 +594,7 @@ class Worker {
         add_values<tile, 1>(depth, p, copies, rescale_ + r, out + r * padded_ + d, padded_);
       }
     });
+    v_ahead_ = ahead;
   }
 
   using Value = std::conditional_t<units_per<U> == 1, float, bf16>;  // where values are not copied
