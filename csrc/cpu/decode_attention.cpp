@@ -5,6 +5,9 @@
 // head. A unit owns the rows of some key heads against one split of the keys and reads those once,
 // in blocks; where a sequence has several splits, their sums are joined in order at the end. Splits
 // follow from S and a sequence's own length, so its result does not depend on the batch.
+//
+// Rows are the lanes of their scores, eight at a time, and each key is broadcast to them: nothing
+// is transposed and the softmax needs no horizontal step.
 #include <omp.h>
 
 #include <cmath>
@@ -265,8 +268,8 @@ class Ahead {
 // out[MR rows][NV vectors] = out * rescale + sum over keys of p[key][row] values[key]; depth and ld
 // in units; values(j, v) loads NV vectors
 template <int MR, int NV, typename U, typename Values>
-[[gnu::always_inline]] inline void add_values(int64_t depth, const U* p, const Values& values, const float* rescale,
-                       float* out, int64_t padded) {
+[[gnu::always_inline]] inline void add_values(int64_t depth, const U* p, const Values& values,
+                                              const float* rescale, float* out, int64_t padded) {
   vf acc[MR][NV] = {};
   for (int64_t j = 0; j < depth; j++) {
     decltype(load_units(p)) v[NV];
@@ -310,12 +313,14 @@ class Worker {
         padded_(layout.padded),
         depth_((layout.p.head_dim + units_per<U> - 1) / units_per<U>),
         most_slots_(round_up(most_rows, kChunk)),
+        copy_keys_(!kSame || layout.p.head_dim % units_per<U> != 0),
+        copy_values_(!kSame || layout.p.head_dim % (kTileVectors * kLanes) != 0),
         queries_(most_heads * most_slots_ * depth_),
         out_(most_heads * most_rows * padded_),
         maximum_(most_heads * most_slots_),
         sum_(most_heads * most_slots_),
-        keys_(kBlock * kStride),
-        values_(kBlock * kStride),
+        keys_(copy_keys_ ? kBlock * kStride : 0),
+        values_(copy_values_ ? kBlock * kStride : 0),
         scores_(kBlock * kChunk),
         probabilities_(kBlock * kChunk),
         row_(padded_),
@@ -407,6 +412,7 @@ class Worker {
   }
 
  private:
+  static constexpr bool kSame = sizeof(C) * units_per<U> == sizeof(U);
   int64_t run_bytes() const { return p_.head_dim * sizeof(C); }
 
   // What each row sees, and what every row does.
@@ -437,7 +443,7 @@ class Worker {
       } else {
         std::fill_n(row, padded_, 0.0f);
       }
-      const U* units = to_units(row, keys_.get(), padded_);
+      const U* units = to_units(row, probabilities_.get(), padded_);
       U* out = queries + r / kChunk * kChunk * depth_ + r % kChunk;
       for (int64_t d = 0; d < depth_; d++) out[d * kChunk] = units[d];
     }
@@ -458,9 +464,6 @@ class Worker {
   // Points to one head's rows of the block, or to copies of them; those past `count` are zeros.
   void take_head(int64_t h, int64_t kv_head, int64_t count, int now) {
     scale_ = p_.k_scale == nullptr ? p_.scale : p_.scale * p_.k_scale[kv_head];
-    constexpr bool same = sizeof(C) * units_per<U> == sizeof(U);
-    bool copy_k = !same || p_.head_dim % units_per<U> != 0;
-    copied_ = !same || p_.head_dim % (kTileVectors * kLanes) != 0;
     int64_t kh = h * a_.k_cache_strides[2], vh = h * a_.v_cache_strides[2];
     int64_t keys = round_up(count, kTileKeys);
     for (int64_t j = 0; j < count; j++) {
@@ -468,11 +471,11 @@ class Worker {
       head_v_[j] = static_cast<const C*>(v_rows_[now][j]) + vh;
     }
     for (int64_t j = count; j < keys; j++) head_k_[j] = head_v_[j] = kZeros<C>;
-    for (int64_t j = 0; copied_ && j < keys; j += units_per<U>)
+    for (int64_t j = 0; copy_values_ && j < keys; j += units_per<U>)
       copy_values(static_cast<const C*>(head_v_[j]),
                   static_cast<const C*>(head_v_[j + units_per<U> - 1]),
                   &values_[j / units_per<U> * kStride], p_.head_dim, padded_);
-    for (int64_t j = 0; copy_k && j < keys; j++) {
+    for (int64_t j = 0; copy_keys_ && j < keys; j++) {
       copy_key(static_cast<const C*>(head_k_[j]), &keys_[j * kStride], p_.head_dim, padded_);
       head_k_[j] = &keys_[j * kStride];
     }
@@ -582,7 +585,7 @@ class Worker {
           load_values(static_cast<const Value*>(head_v_[key]) + d,
                       static_cast<const Value*>(head_v_[key + units_per<U> - 1]) + d, v);
         };
-        if (copied_)
+        if (copy_values_)
           add_values<tile, kTileVectors>(depth, p, copies, rescale_ + r, out + r * padded_ + d,
                                          padded_);
         else
@@ -601,7 +604,9 @@ class Worker {
   const Layout& l_;
   const Problem& p_;
   const Tensors& a_;
-  int64_t padded_, depth_, most_slots_, rows_ = 0, slots_ = 0, all_lo_ = 0, all_hi_ = 0;
+  int64_t padded_, depth_, most_slots_;
+  bool copy_keys_, copy_values_;
+  int64_t rows_ = 0, slots_ = 0, all_lo_ = 0, all_hi_ = 0;
   Buffer<U> queries_;            // [heads][chunks][units of D][kChunk]
   Buffer<float> out_;            // [heads][rows][Dp], where there is one split
   Buffer<float> maximum_, sum_;  // [heads][slots]
@@ -611,7 +616,6 @@ class Worker {
   Buffer<float> row_;            // [Dp]
   Buffer<int32_t> lo_, hi_;      // [slots]
   float rescale_[kChunk] = {}, scale_ = 0;
-  bool copied_ = false;
   const void *k_rows_[2][kBlock] = {}, *v_rows_[2][kBlock] = {};
   const void *head_k_[kBlock] = {}, *head_v_[kBlock] = {};
   Ahead k_ahead_, v_ahead_;
