@@ -187,6 +187,7 @@ void bind_attention(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::arg("d_sinks"), py::call_guard<py::gil_scoped_release>());
 }
 
+// By position: looking up names takes long beside a short window.
 void bind_decode_attention(py::class_<CpuKernels>& cpu) {
   cpu.def(
       "decode_attention",
@@ -223,14 +224,6 @@ void bind_decode_attention(py::class_<CpuKernels>& cpu) {
             {at<void>(q), at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), q_strides,
              k_strides, v_strides, k_cache_strides, v_cache_strides, at<void>(out)});
       },
-      py::kw_only(), py::arg("dtype"), py::arg("fp8"), py::arg("batches"), py::arg("tokens"),
-      py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"),
-      py::arg("seqlens"), py::arg("block_table"), py::arg("table_stride"), py::arg("pages"),
-      py::arg("page"), py::arg("cos"), py::arg("sin"), py::arg("half"), py::arg("table_length"),
-      py::arg("k_scale"), py::arg("v_scale"), py::arg("sinks"), py::arg("window_left"),
-      py::arg("scale"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_cache"),
-      py::arg("v_cache"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
-      py::arg("k_cache_strides"), py::arg("v_cache_strides"), py::arg("out"),
       py::call_guard<py::gil_scoped_release>());
 }
 

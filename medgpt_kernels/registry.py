@@ -250,7 +250,8 @@ def direct(op: Callable) -> Callable:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _plain(args):
             return op(*args)
         fastest = operator.loaded.get("cpu")
-        if not callable(fastest) or chosen_backend() or torch.is_autocast_enabled("cpu"):
+        elsewhere = chosen_backend() not in (None, "cpu")
+        if elsewhere or not callable(fastest) or torch.is_autocast_enabled("cpu"):
             return kernel(*args)
         try:
             return fastest(*args)
@@ -258,6 +259,9 @@ def direct(op: Callable) -> Callable:
             return kernel(*args)
 
     return call
+
+
+_PLAIN = (type(None), int, float, bool, str)
 
 
 def _plain(args: tuple) -> bool:
@@ -275,7 +279,7 @@ def _plain(args: tuple) -> bool:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if not a.is_cpu or a.is_neg():  # pointers know nothing of a lazy minus
                 return False
-        elif isinstance(a, torch.Tensor):
+        elif kind not in _PLAIN and isinstance(a, torch.Tensor):  # the latter takes long
             return False
     return True
 

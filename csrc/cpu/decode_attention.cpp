@@ -5,6 +5,9 @@
 // head. A unit owns the rows of some key heads against one split of the keys and reads those once,
 // in blocks; where a sequence has several splits, their sums are joined in order at the end. Splits
 // follow from S and a sequence's own length, so its result does not depend on the batch.
+//
+// Rows are the lanes of their scores, eight at a time, and each key is broadcast to them: nothing
+// is transposed and the softmax needs no horizontal step.
 #include <omp.h>
 
 #include <cmath>
@@ -29,10 +32,12 @@ constexpr int64_t kSplit = 512;      // keys of a split times new tokens
 constexpr int64_t kFewTokens = 16;   // more new tokens than this are not split over the keys
 constexpr int64_t kBlockRows = 128;  // rows of one key head in a unit, if there are that many
 constexpr int64_t kSumStep = 32;     // fp32 terms of one score summed in one chain
-constexpr int64_t kStride = 272;     // of a row of values: D is at most 256
+constexpr int64_t kStride = 272;     // of a copied row: D is at most 256
+constexpr int kChunk = 8;            // rows of a chunk: the lanes of its scores
+constexpr int kTileKeys = kVectorBytes > 32 ? 8 : 4;
 constexpr int kTileRows = kLanes > 8 ? 8 : 4, kTileVectors = 2;
 constexpr float kLowest = -1e30f;  // a running maximum that has seen nothing
-static_assert(kBlock % (kTileVectors * kLanes) == 0, "whole tiles");
+static_assert(kBlock % kTileKeys == 0 && kTileKeys % 4 == 0, "whole tiles");
 
 [[noreturn]] void refuse(const std::string& expected, int64_t got) {
   throw std::invalid_argument("decode_attention: expected " + expected + ", got " +
@@ -118,6 +123,14 @@ struct Parts {
 // the dimension that a product sums over. A vector of them, and the sum with a times it:
 inline vf load_units(const float* p) { return load(p); }
 inline vf add_product(vf sum, float a, vf b) { return sum + a * b; }
+
+// The kChunk rows' lanes: sum + a key's unit times theirs.
+typedef float vr __attribute__((vector_size(4 * kChunk)));
+inline vr add_key(vr sum, const float* rows, float key) {
+  vr q;
+  std::memcpy(&q, rows, sizeof(q));
+  return sum + q * key;
+}
 #if defined(__AVX512BF16__)
 inline __m512bh load_units(const uint32_t* p) {
   __m512bh v;
@@ -127,27 +140,41 @@ inline __m512bh load_units(const uint32_t* p) {
 inline vf add_product(vf sum, uint32_t a, __m512bh b) {
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
 }
+inline vr add_key(vr sum, const uint32_t* rows, uint32_t key) {
+  __m256bh q;
+  std::memcpy(&q, rows, sizeof(q));
+  return (vr)_mm256_dpbf16_ps((__m256)sum, q, (__m256bh)_mm256_set1_epi32(static_cast<int>(key)));
+}
 #endif
 
-// kLanes units of one row of the cache, of which it has n
-template <typename U, typename C>
-inline vf load_key(const C* p, int64_t n) {
-  if constexpr (units_per<U> == 1) {
-    return n >= kLanes ? load(p) : load_partial(p, static_cast<int>(n));
-  } else {
-    float lanes[kLanes] = {};
-    if (n >= 2 * kLanes)
-      std::memcpy(lanes, p, sizeof(lanes));
-    else
-      std::memcpy(lanes, p, n * sizeof(C));
-    return load(lanes);
-  }
+// A row of fp32 as units, there or in `out`
+inline const float* to_units(const float* row, float*, int64_t) { return row; }
+#if defined(__AVX512BF16__)
+inline const uint32_t* to_units(const float* row, uint32_t* out, int64_t padded) {
+  store_row(row, reinterpret_cast<bf16*>(out), padded);
+  return out;
 }
+#endif
 
-// A row of values, or two that follow each other: out [padded] of units
+// A row of keys as units [padded]
 template <typename C>
-inline void load_values(const C* in, const C*, float* out, int64_t n, int64_t padded) {
+inline void copy_key(const C* in, float* out, int64_t n, int64_t padded) {
   load_row(in, out, n, padded);
+}
+#if defined(__AVX512BF16__)
+inline void copy_key(const bf16* in, uint32_t* out, int64_t n, int64_t padded) {
+  std::memset(out + n / 2, 0, (padded - n / 2) * sizeof(uint32_t));
+  std::memcpy(out, in, n * sizeof(bf16));
+}
+#endif
+
+// Two vectors of units of one row of values, or of two that follow each other.
+inline void load_values(const float* row, const float*, vf (&v)[2]) {
+  v[0] = load(row), v[1] = load(row + kLanes);
+}
+template <typename C>
+inline void copy_values(const C* row, const C*, float* out, int64_t n, int64_t padded) {
+  load_row(row, out, n, padded);
 }
 #if defined(__AVX512BF16__)
 alignas(64) constexpr uint16_t kPairs[64] = {
@@ -155,75 +182,102 @@ alignas(64) constexpr uint16_t kPairs[64] = {
     0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
     11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
     22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-inline void load_values(const bf16* low, const bf16* high, uint32_t* out, int64_t n,
+inline void load_values(const bf16* low, const bf16* high, __m512bh (&v)[2]) {
+  __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+  v[0] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPairs), b);
+  v[1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPairs + 32), b);
+}
+inline void copy_values(const bf16* low, const bf16* high, uint32_t* out, int64_t n,
                         int64_t padded) {
-  bf16 row[2][2 * kLanes] = {};
+  bf16 rows[2][2 * kLanes] = {};
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    __m512i halves[2] = {};
-    for (int half = 0; half < 2; half++) {
-      const bf16* in = half == 0 ? low : high;
-      if (in == nullptr) continue;
-      if (i + 2 * kLanes > n) {
-        std::memcpy(row[half], in + i, (n - i) * sizeof(bf16));
-        halves[half] = _mm512_loadu_si512(row[half]);
-      } else {
-        halves[half] = _mm512_loadu_si512(in + i);
-      }
-    }
-    __m512i first = _mm512_permutex2var_epi16(halves[0], _mm512_loadu_si512(kPairs), halves[1]);
-    __m512i second =
-        _mm512_permutex2var_epi16(halves[0], _mm512_loadu_si512(kPairs + 32), halves[1]);
-    std::memcpy(out + i, &first, sizeof(first));
-    if (i + kLanes < padded) std::memcpy(out + i + kLanes, &second, sizeof(second));
+    int64_t bytes = std::min<int64_t>(2 * kLanes, n - i) * sizeof(bf16);
+    std::memcpy(rows[0], low + i, bytes);
+    std::memcpy(rows[1], high + i, bytes);
+    __m512bh v[2];
+    load_values(rows[0], rows[1], v);
+    std::memcpy(out + i, v, sizeof(v[0]) * (i + kLanes < padded ? 2 : 1));
   }
 }
 #endif
 
-inline float reduce_max(vf v) {
-  for (int width = kLanes; width > 1; width /= 2) v = max_or_nan(even_lanes(v, v), odd_lanes(v, v));
-  return v[0];
+// A vector's pattern of the kChunk rows that its lanes are, in the i-th of kPatterns vectors
+constexpr int kPatterns = kChunk > kLanes ? kChunk / kLanes : 1;
+inline vf row_lanes(const float* rows, int i) {
+  if constexpr (kLanes <= kChunk) return load(rows + i * kLanes);
+  float lanes[kLanes];
+  for (int n = 0; n < kLanes; n += kChunk) std::memcpy(lanes + n, rows, sizeof(float) * kChunk);
+  return load(lanes);
+}
+// The sum or maximum of the keys in a vector's lanes, for each row; all keys' lanes get it.
+template <typename F>
+inline vf across_keys(vf v, const F& f) {
+#if defined(__AVX512F__)
+  static_assert(kLanes == 2 * kChunk, "two keys in a vector");
+  return f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+#else
+  static_assert(kLanes <= kChunk, "one key in a vector");
+  return v;
+#endif
 }
 
-// The next block's rows of all heads, one head's part after the other as they lie in memory, asked
-// for bit by bit while this block is worked on: memory likes that better than one head at a time.
-struct Ahead {
-  const char* base;
-  const int64_t* offsets;  // of rows, in bytes
-  int64_t heads, head_bytes, row, head;
-  Ahead(const void* cache, const int64_t* rows, int64_t count, int64_t bytes, int64_t part)
-      : base(static_cast<const char*>(cache)),
-        offsets(rows),
-        heads(count),
-        head_bytes(bytes),
-        row(part / count),
-        head(part % count) {}
-  const char* next() {
-    const char* at = base + offsets[row] + head * head_bytes;
-    if (++head == heads) head = 0, row++;
-    return at;
+// The lines of the next block's rows of all heads, in the order in which they lie in memory, asked
+// for two by two while this block is worked on. The processor drops a prefetch from a page that it
+// has not looked up; hence a load from each page first, all at once since each waits for memory.
+class Ahead {
+ public:
+  void start(const void* const* rows, int64_t count, int64_t heads, int64_t head_bytes,
+             int64_t run_bytes) {
+    rows_ = reinterpret_cast<const char* const*>(rows), end_ = rows_ + count;
+    bool joined = head_bytes == run_bytes;
+    heads_ = joined ? 1 : heads, head_bytes_ = head_bytes;
+    run_ = joined ? heads * run_bytes : run_bytes;
+    head_ = 0, line_ = run_end_ = nullptr;
+    if (count > 0) line_ = *rows_, run_end_ = line_ + run_;
+    uintptr_t page = 0;
+    for (int64_t h = 0; h < heads_; h++)
+      for (int64_t j = 0; j < count; j++)
+        for (const char* at : {rows_[j] + h * head_bytes, rows_[j] + h * head_bytes + run_ - 1}) {
+          if (reinterpret_cast<uintptr_t>(at) / 4096 == page) continue;
+          page = reinterpret_cast<uintptr_t>(at) / 4096;
+          (void)*static_cast<const volatile char*>(at);
+        }
   }
-};
-template <int BYTES>
-inline void fetch(const char* at) {
-#pragma GCC unroll 4
-  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(at + i);
-}
+  inline void ask() {
+    if (line_ >= run_end_ && !next_run()) return;
+    __builtin_prefetch(line_, 0, 2);
+    __builtin_prefetch(line_ + 64, 0, 2);
+    line_ += 128;
+  }
 
-// out[MR rows][NV vectors] = out * rescale + sum over keys of p[row][key] values[key]; depth and ld
-// in units
+ private:
+  bool next_run() {
+    if (rows_ == end_) return false;
+    if (++head_ == heads_) {
+      head_ = 0;
+      if (++rows_ == end_) return false;
+    }
+    line_ = *rows_ + head_ * head_bytes_, run_end_ = line_ + run_;
+    return true;
+  }
+  const char *const *rows_ = nullptr, *const *end_ = nullptr;
+  const char *line_ = nullptr, *run_end_ = nullptr;
+  int64_t heads_ = 0, head_bytes_ = 0, run_ = 0, head_ = 0;
+};
+
+// out[MR rows][NV vectors] = out * rescale + sum over keys of p[key][row] values[key]; depth and ld
+// in units; values(j, v) loads NV vectors
 template <int MR, int NV, typename U, typename Values>
-inline void add_values(int64_t depth, const U* p, const Values& values, const float* rescale,
-                       float* out, int64_t padded) {
+[[gnu::always_inline]] inline void add_values(int64_t depth, const U* p, const Values& values,
+                                              const float* rescale, float* out, int64_t padded) {
   vf acc[MR][NV] = {};
   for (int64_t j = 0; j < depth; j++) {
-    const U* row = values(j);
-    decltype(load_units(row)) v[NV];
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) v[n] = load_units(row + n * kLanes);
+    decltype(load_units(p)) v[NV];
+    values(j, v);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; n++) acc[m][n] = add_product(acc[m][n], p[m * kBlock + j], v[n]);
+      for (int n = 0; n < NV; n++) acc[m][n] = add_product(acc[m][n], p[j * kChunk + m], v[n]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
@@ -245,6 +299,9 @@ inline void for_tiles(int64_t rows, const F& f) {
   if (r < rows) f(r, std::integral_constant<int, 1>{});
 }
 
+template <typename C>
+const C kZeros[256] = {};  // a row of them
+
 // One thread's work on the units of one call. C is the caches' type, U a float or a pair of bf16.
 template <typename T, typename C, typename U>
 class Worker {
@@ -255,49 +312,57 @@ class Worker {
         a_(tensors),
         padded_(layout.padded),
         depth_((layout.p.head_dim + units_per<U> - 1) / units_per<U>),
-        queries_(most_heads * most_rows * depth_),
+        most_slots_(round_up(most_rows, kChunk)),
+        copy_keys_(!kSame || layout.p.head_dim % units_per<U> != 0),
+        copy_values_(!kSame || layout.p.head_dim % (kTileVectors * kLanes) != 0),
+        queries_(most_heads * most_slots_ * depth_),
         out_(most_heads * most_rows * padded_),
-        maximum_(most_heads * most_rows),
-        sum_(most_heads * most_rows * kLanes),
-        keys_(round_up(depth_, kLanes) * kBlock),
-        values_(kBlock * kStride),
-        scores_(most_rows * kBlock),
-        probabilities_(most_rows * kBlock),
-        rescale_(round_up(most_rows, kLanes)),
-        row_(padded_ + 1),
-        lo_(most_rows),
-        hi_(most_rows) {}
+        maximum_(most_heads * most_slots_),
+        sum_(most_heads * most_slots_),
+        keys_(copy_keys_ ? kBlock * kStride : 0),
+        values_(copy_values_ ? kBlock * kStride : 0),
+        scores_(kBlock * kChunk),
+        probabilities_(kBlock * kChunk),
+        row_(padded_),
+        lo_(most_slots_),
+        hi_(most_slots_) {}
 
   // Sums of the unit's rows go to parts, or if it is the only split its output to the tensor.
   void run(const Sequence& s, const Unit& unit, const Parts& parts) {
-    rows_ = l_.rows(unit.tokens);
-    int64_t heads = heads_ = unit.head_hi - unit.head_lo;
+    rows_ = l_.rows(unit.tokens), slots_ = round_up(rows_, kChunk);
+    int64_t heads = unit.head_hi - unit.head_lo;
     bool alone = unit.part < 0;
     float* out = alone ? out_.get() : parts.out + (unit.part + unit.head_lo * rows_) * padded_;
     std::fill_n(out, heads * rows_ * padded_, 0.0f);
-    std::fill_n(maximum_.get(), heads * rows_, kLowest);
-    std::fill_n(sum_.get(), heads * rows_ * kLanes, 0.0f);
+    std::fill_n(maximum_.get(), heads * slots_, kLowest);
+    std::fill_n(sum_.get(), heads * slots_, 0.0f);
     see(s, unit);
     for (int64_t h = 0; h < heads; h++) load_queries(s, unit, unit.head_lo + h, h);
-    locate(s, unit.lo, unit.hi, 0);
+    locate(s, unit, unit.lo, 0);
     int now = 0;
     for (int64_t first = unit.lo; first < unit.hi; first += kBlock, now ^= 1) {
-      locate(s, first + kBlock, unit.hi, now ^ 1);
+      int64_t next = locate(s, unit, first + kBlock, now ^ 1);
       int64_t count = std::min(kBlock, unit.hi - first);
+      k_ahead_.start(k_rows_[now ^ 1], next, heads, a_.k_cache_strides[2] * sizeof(C), run_bytes());
+      v_ahead_.start(v_rows_[now ^ 1], next, heads, a_.v_cache_strides[2] * sizeof(C), run_bytes());
       for (int64_t h = 0; h < heads; h++) {
-        score(unit.head_lo + h, h, first, count, now);
-        soften(h, count);
-        add(unit.head_lo + h, h, count, now, out + h * rows_ * padded_);
+        take_head(h, unit.head_lo + h, count, now);
+        for (int64_t r = 0; r < rows_; r += kChunk) {
+          int64_t slot = h * slots_ + r;
+          score(&queries_[slot * depth_], count);
+          soften(slot, r, first, count);
+          add(std::min<int64_t>(kChunk, rows_ - r), count, out + (h * rows_ + r) * padded_);
+        }
       }
     }
     for (int64_t i = 0; i < heads * rows_; i++) {
-      int64_t kv_head = unit.head_lo + i / rows_, r = i % rows_;
-      float sum = reduce_add(load(&sum_[i * kLanes]));
+      int64_t h = i / rows_, r = i % rows_, kv_head = unit.head_lo + h, slot = h * slots_ + r;
       if (alone) {
-        finish_row(s, unit.token, kv_head, r, {out + i * padded_, &maximum_[i], &sum}, 1, 0);
+        finish_row(s, unit.token, kv_head, r, {out + i * padded_, &maximum_[slot], &sum_[slot]}, 1,
+                   0);
       } else {
         int64_t at = unit.part + kv_head * rows_ + r;
-        parts.maximum[at] = maximum_[i], parts.sum[at] = sum;
+        parts.maximum[at] = maximum_[slot], parts.sum[at] = sum_[slot];
       }
     }
   }
@@ -347,207 +412,213 @@ class Worker {
   }
 
  private:
+  static constexpr bool kSame = sizeof(C) * units_per<U> == sizeof(U);
+  int64_t run_bytes() const { return p_.head_dim * sizeof(C); }
+
   // What each row sees, and what every row does.
   void see(const Sequence& s, const Unit& unit) {
     all_lo_ = unit.lo, all_hi_ = unit.hi;
-    for (int64_t r = 0; r < rows_; r++) {
-      int64_t at = s.total - p_.tokens + unit.token + r / l_.group;
+    for (int64_t r = 0; r < slots_; r++) {
+      int64_t token = unit.token + std::min(r, rows_ - 1) / l_.group;
+      int64_t at = s.total - p_.tokens + token;
       int64_t lo = std::max(unit.lo, l_.first_key(at)), hi = std::min(unit.hi, at + 1);
       lo_[r] = static_cast<int32_t>(lo), hi_[r] = static_cast<int32_t>(std::max<int64_t>(hi, 0));
       all_lo_ = std::max(all_lo_, lo), all_hi_ = std::min(all_hi_, hi);
     }
   }
 
-  // [units of D][rows]
+  // [chunks][units of D][kChunk]
   void load_queries(const Sequence& s, const Unit& unit, int64_t kv_head, int64_t h) {
     const Strides& qs = a_.q_strides;
-    U* queries = queries_.get() + h * rows_ * depth_;
+    U* queries = &queries_[h * slots_ * depth_];
     float* row = row_.get();
-    for (int64_t r = 0; r < rows_; r++) {
+    for (int64_t r = 0; r < slots_; r++) {
       int64_t token = unit.token + r / l_.group, at = s.total - p_.tokens + token;
-      const T* q = static_cast<const T*>(a_.q) + s.batch * qs[0] + token * qs[1] +
-                   (kv_head * l_.group + r % l_.group) * qs[2];
-      load_row(q, row, p_.head_dim, padded_);
-      if (p_.cos != nullptr)
-        rotate_row(row, p_.cos + at * p_.half, p_.sin + at * p_.half, p_.half, 1.0f);
-      row[p_.head_dim] = 0.0f;  // the other half of an odd pair
-      for (int64_t d = 0; d < depth_; d++)
-        queries[d * rows_ + r] = make_unit<U>(row + d * units_per<U>);
-    }
-  }
-
-  // Where the keys of the block at `first` lie, in bytes.
-  void locate(const Sequence& s, int64_t first, int64_t hi, int which) {
-    for (int64_t j = 0; j < std::min(kBlock, hi - first); j++) {
-      k_offsets_[which][j] = l_.offset(a_.k_cache_strides, s.batch, first + j) * sizeof(C);
-      v_offsets_[which][j] = l_.offset(a_.v_cache_strides, s.batch, first + j) * sizeof(C);
-    }
-  }
-
-  // Scores [rows][kBlock] of one block of keys, kTileVectors vectors of keys at a time.
-  void score(int64_t kv_head, int64_t h, int64_t first, int64_t count, int now) {
-    const C* k = static_cast<const C*>(a_.k_cache) + kv_head * a_.k_cache_strides[2];
-    float scale = p_.k_scale == nullptr ? p_.scale : p_.scale * p_.k_scale[kv_head];
-    const U* queries = queries_.get() + h * rows_ * depth_;
-    for (int64_t j = 0; j < count;) {
-      int64_t left = (count - j + kLanes - 1) / kLanes;
-      load_keys(k, h, j, std::min(count, j + kLanes), now);
-      if (left > 1) load_keys(k, h, j + kLanes, std::min(count, j + 2 * kLanes), now);
-      for_tiles(rows_, [&](int64_t r, auto tile) {
-        if (left > 1)
-          multiply<tile, 2>(queries + r, j, &scores_[r * kBlock + j], scale);
-        else
-          multiply<tile, 1>(queries + r, j, &scores_[r * kBlock + j], scale);
-      });
-      j += left > 1 ? 2 * kLanes : kLanes;
-    }
-    if (first < all_lo_ || first + round_up(count, kLanes) > all_hi_) mask(first, count);
-  }
-
-  // Keys [lo, hi) of a block, at most kLanes of them, to [units of D][kBlock].
-  void load_keys(const C* k, int64_t h, int64_t lo, int64_t hi, int now) {
-    int64_t head_bytes = a_.k_cache_strides[2] * sizeof(C);
-    const char* base = reinterpret_cast<const char*>(k);
-    Ahead ahead(base - h * head_bytes, k_offsets_[now ^ 1], heads_, head_bytes, h * kBlock + lo);
-    const char* parts[kLanes];
-    for (int i = 0; i < kLanes; i++) parts[i] = ahead.next();
-    for (int64_t d = 0; d < depth_; d += kLanes) {
-      int64_t element = d * units_per<U>, left = p_.head_dim - element;
-      auto key = [&](int64_t j) {
-        fetch<kLanes * units_per<U> * sizeof(C)>(parts[j - lo] + element * sizeof(C));
-        return load_key<U>(reinterpret_cast<const C*>(base + k_offsets_[now][j]) + element, left);
-      };
-      vf r[kLanes];
-      if (hi - lo == kLanes && left >= kLanes * units_per<U>) {  // stays in registers
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) r[i] = key(lo + i);
+      if (r < rows_) {
+        const T* q = static_cast<const T*>(a_.q) + s.batch * qs[0] + token * qs[1] +
+                     (kv_head * l_.group + r % l_.group) * qs[2];
+        load_row(q, row, p_.head_dim, padded_);
+        if (p_.cos != nullptr)
+          rotate_row(row, p_.cos + at * p_.half, p_.sin + at * p_.half, p_.half, 1.0f);
       } else {
-        for (int i = 0; i < kLanes; i++) r[i] = lo + i < hi ? key(lo + i) : vf{};
+        std::fill_n(row, padded_, 0.0f);
       }
-      transpose(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++)
-        std::memcpy(keys_.get() + (d + i) * kBlock + lo, &r[i], sizeof(vf));
+      const U* units = to_units(row, probabilities_.get(), padded_);
+      U* out = queries + r / kChunk * kChunk * depth_ + r % kChunk;
+      for (int64_t d = 0; d < depth_; d++) out[d * kChunk] = units[d];
     }
   }
 
-  template <int MR, int NV>
-  void multiply(const U* queries, int64_t j, float* scores, float scale) {
+  // Where the keys and values of the block at `first` lie, the unit's first head; returns how many.
+  int64_t locate(const Sequence& s, const Unit& unit, int64_t first, int which) {
+    const C* k = static_cast<const C*>(a_.k_cache) + unit.head_lo * a_.k_cache_strides[2];
+    const C* v = static_cast<const C*>(a_.v_cache) + unit.head_lo * a_.v_cache_strides[2];
+    int64_t count = std::clamp<int64_t>(unit.hi - first, 0, kBlock);
+    for (int64_t j = 0; j < count; j++) {
+      k_rows_[which][j] = k + l_.offset(a_.k_cache_strides, s.batch, first + j);
+      v_rows_[which][j] = v + l_.offset(a_.v_cache_strides, s.batch, first + j);
+    }
+    return count;
+  }
+
+  // Points to one head's rows of the block, or to copies of them; those past `count` are zeros.
+  void take_head(int64_t h, int64_t kv_head, int64_t count, int now) {
+    scale_ = p_.k_scale == nullptr ? p_.scale : p_.scale * p_.k_scale[kv_head];
+    int64_t kh = h * a_.k_cache_strides[2], vh = h * a_.v_cache_strides[2];
+    int64_t keys = round_up(count, kTileKeys);
+    for (int64_t j = 0; j < count; j++) {
+      head_k_[j] = static_cast<const C*>(k_rows_[now][j]) + kh;
+      head_v_[j] = static_cast<const C*>(v_rows_[now][j]) + vh;
+    }
+    for (int64_t j = count; j < keys; j++) head_k_[j] = head_v_[j] = kZeros<C>;
+    for (int64_t j = 0; copy_values_ && j < keys; j += units_per<U>)
+      copy_values(static_cast<const C*>(head_v_[j]),
+                  static_cast<const C*>(head_v_[j + units_per<U> - 1]),
+                  &values_[j / units_per<U> * kStride], p_.head_dim, padded_);
+    for (int64_t j = 0; copy_keys_ && j < keys; j++) {
+      copy_key(static_cast<const C*>(head_k_[j]), &keys_[j * kStride], p_.head_dim, padded_);
+      head_k_[j] = &keys_[j * kStride];
+    }
+  }
+
+  // Scores [kBlock][kChunk] of a chunk of rows, unscaled, kTileKeys keys at a time.
+  void score(const U* queries, int64_t count) {
     int64_t step = units_per<U> == 1 ? kSumStep : depth_;
-    vf sum[MR][NV] = {};
-    for (int64_t d = 0; d < depth_; d += step) {
-      vf part[MR][NV] = {};
-      micro_kernel(std::min(step, depth_ - d), queries + d * rows_, rows_,
-                   keys_.get() + d * kBlock + j, kBlock, part);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++)
+    Ahead ahead = k_ahead_;
+    for (int64_t j = 0; j < count; j += kTileKeys) {
+      const U* keys[kTileKeys];
+      for (int k = 0; k < kTileKeys; k++) keys[k] = static_cast<const U*>(head_k_[j + k]);
+      vr sum[kTileKeys] = {};
+      for (int64_t d0 = 0; d0 < depth_; d0 += step) {
+        vr part[kTileKeys] = {};
+        int64_t end = std::min(depth_, d0 + step), d = d0;
+        auto one = [&](int64_t at) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kTileKeys; k++)
+            part[k] = add_key(part[k], queries + at * kChunk, keys[k][at]);
+        };
+        for (; d + 4 <= end; d += 4) {
+          ahead.ask();
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) sum[m][n] += part[m][n];
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-      for (int n = 0; n < NV; n++)
-        store(scores + m * kBlock + n * kLanes, rounded(sum[m][n] * scale));
-  }
-
-  // Scores of keys that a row does not see become minus infinity.
-  void mask(int64_t first, int64_t count) {
-    for (int64_t r = 0; r < rows_; r++)
-      for (int64_t j = 0; j < count; j += kLanes) {
-        vi at;
-        for (int i = 0; i < kLanes; i++) at[i] = static_cast<int32_t>(first + j + i);
-        float* score = &scores_[r * kBlock + j];
-        store(score, (at >= lo_[r]) & (at < hi_[r]) ? load(score) : splat(-__builtin_inff()));
-      }
-  }
-
-  // Scores to probabilities, relative to each row's running maximum.
-  void soften(int64_t h, int64_t count) {
-    float* maximum = &maximum_[h * rows_];
-    int64_t vectors = (count + kLanes - 1) / kLanes;
-    for (int64_t r = 0; r < rows_; r++) {
-      const float* scores = &scores_[r * kBlock];
-      vf highest = splat(maximum[r]);
-      for (int64_t n = 0; n < vectors; n++)
-        highest = max_or_nan(highest, load(scores + n * kLanes));
-      float now = reduce_max(highest);
-      rescale_[r] = maximum[r] - now;
-      maximum[r] = now;
-    }
-    for (int64_t r = 0; r < rows_; r += kLanes) store(&rescale_[r], exp_small(load(&rescale_[r])));
-    for (int64_t r = 0; r < rows_; r++) {
-      const float* scores = &scores_[r * kBlock];
-      U* out = &probabilities_[r * kBlock];
-      float *sum = &sum_[(h * rows_ + r) * kLanes], now = maximum[r];
-      vf total = load(sum) * rescale_[r];
-      for (int64_t n = 0; n < vectors; n += units_per<U>) {
-        vf p[units_per<U>];
-        for (int i = 0; i < units_per<U>; i++) {
-          p[i] = n + i < vectors ? exp_small(load(scores + (n + i) * kLanes) - now) : vf{};
-          total += p[i];
+          for (int i = 0; i < 4; i++) one(d + i);
         }
-        put(out + n * kLanes / units_per<U>, p);
+        for (; d < end; d++) one(d);
+#pragma GCC unroll 16
+        for (int k = 0; k < kTileKeys; k++) sum[k] += part[k];
       }
-      store(sum, total);
+      std::memcpy(&scores_[j * kChunk], sum, sizeof(sum));
     }
+    k_ahead_ = ahead;
+  }
+
+  // Scores to probabilities, relative to each row's running maximum; keys that a row does not see
+  // get none.
+  void soften(int64_t slot, int64_t r, int64_t first, int64_t count) {
+    float *maximum = &maximum_[slot], *scores = scores_.get();
+    int64_t keys = round_up(count, kTileKeys), vectors = keys * kChunk / kLanes;
+    bool masked = first < all_lo_ || first + keys > all_hi_;
+    vf highest[kPatterns], before[kPatterns], total[kPatterns] = {};
+    for (int i = 0; i < kPatterns; i++) highest[i] = before[i] = row_lanes(maximum, i);
+    for (int64_t n = 0; n < vectors; n++) {
+      vf score = rounded(load(scores + n * kLanes) * scale_);
+      if (masked) score = mask(score, r, first, n);
+      store(scores + n * kLanes, score);
+      highest[n % kPatterns] = max_or_nan(highest[n % kPatterns], score);
+    }
+    for (int i = 0; i < kPatterns; i++)
+      highest[i] = across_keys(highest[i], [](vf a, vf b) { return max_or_nan(a, b); });
+    for (int64_t n = 0; n < vectors; n += units_per<U>) {
+      vf p[units_per<U>];
+      for (int i = 0; i < units_per<U>; i++) {
+        p[i] = exp_small(load(scores + (n + i) * kLanes) - highest[(n + i) % kPatterns]);
+        total[(n + i) % kPatterns] += p[i];
+      }
+      put(&probabilities_[n / units_per<U> * kLanes], p);
+    }
+    for (int i = 0; i < kPatterns; i++) {
+      vf factor = exp_small(before[i] - highest[i]);
+      total[i] = across_keys(total[i], [](vf a, vf b) { return a + b; });
+      vf sum = row_lanes(&sum_[slot], i) * factor + total[i];
+      int n = std::min(kLanes, kChunk);
+      std::memcpy(&sum_[slot + i * kLanes], &sum, n * sizeof(float));
+      std::memcpy(maximum + i * kLanes, &highest[i], n * sizeof(float));
+      std::memcpy(rescale_ + i * kLanes, &factor, n * sizeof(float));
+    }
+  }
+  vf mask(vf score, int64_t r, int64_t first, int64_t n) {
+    vi at, lo, hi;
+    for (int i = 0; i < kLanes; i++) {
+      int64_t lane = n * kLanes + i;
+      at[i] = static_cast<int32_t>(first + lane / kChunk);
+      lo[i] = lo_[r + lane % kChunk], hi[i] = hi_[r + lane % kChunk];
+    }
+    return (at >= lo) & (at < hi) ? score : splat(-__builtin_inff());
   }
   static void put(float* out, const vf (&p)[1]) { store(out, p[0]); }
 #if defined(__AVX512BF16__)
   static void put(uint32_t* out, const vf (&p)[2]) {
-    __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
-    std::memcpy(out, &pairs, sizeof(pairs));
+    alignas(64) static constexpr uint16_t kKeyPairs[32] = {
+        0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,  13, 6,  14, 7,  15,
+        16, 24, 17, 25, 18, 26, 19, 27, 20, 28, 21, 29, 22, 30, 23, 31};
+    __m512i four = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
+    four = _mm512_permutexvar_epi16(_mm512_load_si512(kKeyPairs), four);
+    std::memcpy(out, &four, sizeof(four));
   }
 #endif
 
   // Values times probabilities into out [rows][Dp].
-  void add(int64_t kv_head, int64_t h, int64_t count, int now, float* out) {
-    const C* v = static_cast<const C*>(a_.v_cache) + kv_head * a_.v_cache_strides[2];
-    const char* base = reinterpret_cast<const char*>(v);
-    int64_t head_bytes = a_.v_cache_strides[2] * sizeof(C);
-    const int64_t* offsets = v_offsets_[now];
-    auto row = [&](int64_t j) {
-      return j < count ? reinterpret_cast<const C*>(base + offsets[j]) : nullptr;
-    };
+  void add(int64_t rows, int64_t count, float* out) {
     int64_t depth = (count + units_per<U> - 1) / units_per<U>;
-    // where one tile has all rows, floats are read once: no need to copy them first
-    bool copied = !std::is_same_v<C, U> || rows_ > kTileRows || p_.head_dim % kLanes != 0;
-    for (int64_t j = 0; copied && j < depth; j++)
-      load_values(row(j * units_per<U>), row(j * units_per<U> + 1), &values_[j * kStride],
-                  p_.head_dim, padded_);
-    for_tiles(rows_, [&](int64_t r, auto tile) {
-      const U* p = &probabilities_[r * kBlock];
+    Ahead ahead = v_ahead_;
+    for_tiles(rows, [&](int64_t r, auto tile) {
+      const U* p = &probabilities_[r];
       int64_t d = 0;
-      auto with = [&](auto vectors) {
-        Ahead ahead(base - h * head_bytes, v_offsets_[now ^ 1], heads_, head_bytes, h * kBlock);
-        auto values = [&](int64_t j) {
-          for (int i = 0; r == 0 && i < units_per<U>; i++)
-            fetch<vectors * kLanes * sizeof(C)>(ahead.next() + d * sizeof(C));
-          return copied ? &values_[j * kStride + d]
-                        : reinterpret_cast<const U*>(base + offsets[j]) + d;
+      for (; d + kTileVectors * kLanes <= padded_; d += kTileVectors * kLanes) {
+        auto copies = [&](int64_t j, auto& v) {
+          ahead.ask();
+          for (int n = 0; n < kTileVectors; n++)
+            v[n] = load_units(&values_[j * kStride + d + n * kLanes]);
         };
-        add_values<tile, vectors>(depth, p, values, &rescale_[r], out + r * padded_ + d, padded_);
-        d += vectors * kLanes;
-      };
-      while (d + kTileVectors * kLanes <= padded_)
-        with(std::integral_constant<int, kTileVectors>{});
-      while (d < padded_) with(std::integral_constant<int, 1>{});
+        auto rows_themselves = [&](int64_t j, auto& v) {
+          ahead.ask();
+          int64_t key = j * units_per<U>;
+          load_values(static_cast<const Value*>(head_v_[key]) + d,
+                      static_cast<const Value*>(head_v_[key + units_per<U> - 1]) + d, v);
+        };
+        if (copy_values_)
+          add_values<tile, kTileVectors>(depth, p, copies, rescale_ + r, out + r * padded_ + d,
+                                         padded_);
+        else
+          add_values<tile, kTileVectors>(depth, p, rows_themselves, rescale_ + r,
+                                         out + r * padded_ + d, padded_);
+      }
+      for (; d < padded_; d += kLanes) {
+        auto copies = [&](int64_t j, auto& v) { v[0] = load_units(&values_[j * kStride + d]); };
+        add_values<tile, 1>(depth, p, copies, rescale_ + r, out + r * padded_ + d, padded_);
+      }
     });
+    v_ahead_ = ahead;
   }
 
+  using Value = std::conditional_t<units_per<U> == 1, float, bf16>;  // where values are not copied
   const Layout& l_;
   const Problem& p_;
   const Tensors& a_;
-  int64_t padded_, depth_, heads_ = 0, rows_ = 0, all_lo_ = 0, all_hi_ = 0;
-  Buffer<U> queries_;            // [heads][units of D][rows]
+  int64_t padded_, depth_, most_slots_;
+  bool copy_keys_, copy_values_;
+  int64_t rows_ = 0, slots_ = 0, all_lo_ = 0, all_hi_ = 0;
+  Buffer<U> queries_;            // [heads][chunks][units of D][kChunk]
   Buffer<float> out_;            // [heads][rows][Dp], where there is one split
-  Buffer<float> maximum_, sum_;  // [heads][rows], [heads][rows][kLanes]
-  Buffer<U> keys_, values_;      // [units of D][kBlock], [units of kBlock][kStride]
-  Buffer<float> scores_;         // [rows][kBlock]
-  Buffer<U> probabilities_;      // [rows][kBlock], a unit each
-  Buffer<float> rescale_, row_;  // [rows], [Dp]
-  Buffer<int32_t> lo_, hi_;      // [rows]
-  int64_t k_offsets_[2][kBlock] = {}, v_offsets_[2][kBlock] = {};
+  Buffer<float> maximum_, sum_;  // [heads][slots]
+  Buffer<U> keys_, values_;      // copied rows [kBlock][kStride], [units of kBlock][kStride]
+  Buffer<float> scores_;         // [kBlock][kChunk]
+  Buffer<U> probabilities_;      // [units of kBlock][kChunk]
+  Buffer<float> row_;            // [Dp]
+  Buffer<int32_t> lo_, hi_;      // [slots]
+  float rescale_[kChunk] = {}, scale_ = 0;
+  const void *k_rows_[2][kBlock] = {}, *v_rows_[2][kBlock] = {};
+  const void *head_k_[kBlock] = {}, *head_v_[kBlock] = {};
+  Ahead k_ahead_, v_ahead_;
 };
 
 // The units of all sequences, and what is to be joined after; returns the rows of all parts.

@@ -13,8 +13,10 @@ native.cpu()
 _NONE = (0, 0, 0)
 
 
-def _contiguous(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
+def _fp32(x: torch.Tensor | None) -> torch.Tensor | None:
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def decode_attention(
@@ -40,46 +42,49 @@ def decode_attention(
     if k is not None:
         k, v = rows(k), rows(v)
     cache_seqlens = cache_seqlens.contiguous()
+    k_scale, v_scale, sinks, cos, sin = map(_fp32, (k_scale, v_scale, sinks, cos, sin))
+    batches, tokens, heads, head_dim = q.shape
+    pages, page, kv_heads, _ = k_cache.shape
+    capacity, table_stride, table_length, half = page, 0, 0, 0
     if block_table is not None:
         block_table = rows(block_table)
-    k_scale, v_scale, sinks, cos, sin = (
-        _contiguous(x, torch.float32) for x in (k_scale, v_scale, sinks, cos, sin)
-    )
-    page = k_cache.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype)
+        capacity, table_stride = page * block_table.shape[1], block_table.stride(0)
+    if cos is not None:
+        table_length, half = cos.shape
+    out = torch.empty((batches, tokens, heads, head_dim), dtype=q.dtype)
     library.decode_attention(
-        dtype=DTYPE_CODES[q.dtype],
-        fp8=k_cache.dtype == FP8,
-        batches=q.shape[0],
-        tokens=q.shape[1],
-        heads=q.shape[2],
-        kv_heads=k_cache.shape[2],
-        head_dim=q.shape[3],
-        capacity=page if block_table is None else page * block_table.shape[1],
-        seqlens=pointer(cache_seqlens),
-        block_table=pointer(block_table),
-        table_stride=0 if block_table is None else block_table.stride(0),
-        pages=k_cache.shape[0],
-        page=page,
-        cos=pointer(cos),
-        sin=pointer(sin),
-        half=0 if cos is None else cos.shape[1],
-        table_length=0 if cos is None else cos.shape[0],
-        k_scale=pointer(k_scale),
-        v_scale=pointer(v_scale),
-        sinks=pointer(sinks),
-        window_left=window_left,
-        scale=softmax_scale,
-        q=pointer(q),
-        k=pointer(k),
-        v=pointer(v),
-        k_cache=pointer(k_cache),
-        v_cache=pointer(v_cache),
-        q_strides=q.stride()[:3],
-        k_strides=_NONE if k is None else k.stride()[:3],
-        v_strides=_NONE if v is None else v.stride()[:3],
-        k_cache_strides=k_cache.stride()[:3],
-        v_cache_strides=v_cache.stride()[:3],
-        out=pointer(out),
+        DTYPE_CODES[q.dtype],
+        k_cache.dtype == FP8,
+        batches,
+        tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        capacity,
+        cache_seqlens.data_ptr(),
+        pointer(block_table),
+        table_stride,
+        pages,
+        page,
+        pointer(cos),
+        pointer(sin),
+        half,
+        table_length,
+        pointer(k_scale),
+        pointer(v_scale),
+        pointer(sinks),
+        window_left,
+        softmax_scale,
+        q.data_ptr(),
+        pointer(k),
+        pointer(v),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        q.stride()[:3],
+        _NONE if k is None else k.stride()[:3],
+        _NONE if v is None else v.stride()[:3],
+        k_cache.stride()[:3],
+        v_cache.stride()[:3],
+        out.data_ptr(),
     )
     return out

@@ -119,11 +119,11 @@ def _check_shapes(q, k_cache, v_cache, k, v) -> None:
             f"{list(q.shape)}, {list(k_cache.shape)} and {list(v_cache.shape)}",
         )
     batches, tokens, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
-    if head_dim != k_cache.shape[3] or not 1 <= head_dim <= MAX_HEAD_DIM:
+    kv_heads, cached_dim = k_cache.shape[2:]
+    if head_dim != cached_dim or not 1 <= head_dim <= MAX_HEAD_DIM:
         _refuse(
             f"q and caches of one head_dim of at most {MAX_HEAD_DIM}",
-            f"{head_dim} and {k_cache.shape[3]}",
+            f"{head_dim} and {cached_dim}",
         )
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         _refuse("a number of query heads that key heads divide", f"{heads} and {kv_heads}")
