@@ -539,6 +539,7 @@ class PagedCache(Cache):
             ValueError: a positive number, padding among those tokens, or tokens that follow more
                 than a window's ring of pages still holds.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if tokens_to_remove > 0:
             refuse("a negative number of tokens to remove", tokens_to_remove)
         if tokens_to_remove == 0 or not self.lengths:
