@@ -159,6 +159,15 @@ def test_beams_share_pages(model, mine, side, page):
     assert cache.used_pages(1) < apart or page == 64
 
 
+@pytest.mark.parametrize("spare", [0, 1, 30])
+def test_the_shortest_cache_that_holds_it(model, mine, spare):
+    ids, options = tokens(2, 30), {"max_new_tokens": 20, **GREEDY}
+    cache = paged(model, page_size=64, max_length=49 + spare)
+    assert torch.equal(
+        mine.generate(ids, past_key_values=cache, **options), model.generate(ids, **options)
+    )
+
+
 def test_prompt_lookup_crops(model, mine):
     ids = tokens(1, 9).repeat(1, 4)
     options = {"max_new_tokens": NEW, **GREEDY}

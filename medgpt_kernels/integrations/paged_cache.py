@@ -88,6 +88,8 @@ class _Ring:
         self.page, self.window = page, window
         self.pages = min(-(-(window - 1 + max(window, FEW)) // page), max_pages)
         self.total = batch * self.pages
+        # new tokens that do not write over what the first of them sees
+        self.most = self.tokens - window + 1 if self.pages < max_pages else max_pages * page
         first = torch.arange(batch, dtype=torch.int32)[:, None] * self.pages
         self.rows = first + torch.arange(max_pages, dtype=torch.int32) % self.pages
         self.table = self.rows
@@ -189,7 +191,7 @@ class PagedLayer(CacheLayerMixin):
         """decode_attention, in as many calls as a ring of pages takes."""
         tokens, most = q.shape[1], q.shape[1]
         if self.window is not None:
-            most = self.cache._pages[self.window].tokens - self.window + 1
+            most = self.cache._pages[self.window].most
         if tokens <= most:
             return decode_attention(
                 q, self.k_pages, self.v_pages, cached, block_table=table, k=k, v=v, **options
@@ -553,7 +555,7 @@ class PagedCache(Cache):
             for length, longest in zip(left, self._longest, strict=True):
                 if longest - pages.tokens > max(0, length - window + 1):
                     refuse(
-                        f"to remove at most {pages.tokens - window + 1} tokens behind a window",
+                        f"to remove at most {pages.most} tokens behind a window",
                         longest - length,
                     )
         for pages in self._pages.values():
