@@ -1,5 +1,8 @@
 """PagedCache under generate() and patch, against transformers' own caches and eager attention."""
 
+import copy
+import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -262,17 +265,39 @@ def test_growing_copies_nothing(model, mine):
     assert torch.equal(full.k_pages[table], first)
 
 
+def resident() -> int:
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("no /proc")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def test_untouched_pages_take_no_memory():
-    resource = pytest.importorskip("resource")
     config = CONFIGS["gpt_oss"](max_position_embeddings=1 << 19)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     cache = PagedCache(config)
     key = torch.zeros(1, 2, 4, 16)
     for layer in range(4):
         cache.update(key, key, layer)
-    pool = sum(layer.k_pages.nbytes * 2 for layer in cache.layers)
-    assert pool > 200 << 20
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 32 << 20
+    copies = [copy.deepcopy(cache) for _ in range(2)]
+    pools = [layer.k_pages for c in (cache, *copies) for layer in c.layers]
+    assert sum(2 * pages.nbytes for pages in pools) > 600 << 20
+    assert resident() - before < 64 << 20
+    whole = pools[1].zero_()
+    assert resident() - before > whole.nbytes
+
+
+@torch.no_grad()
+def test_a_copy_of_a_prefix(model, mine):
+    prefix, ids = tokens(1, 37), [tokens(1, 9, seed=n) for n in range(2)]
+    cache = paged(model, page_size=4)
+    mine(prefix, past_key_values=cache)
+    for more in ids:
+        both = copy.deepcopy(cache)
+        logits = mine(more, past_key_values=both).logits
+        whole = mine(torch.cat([prefix, more], 1), use_cache=False).logits
+        torch.testing.assert_close(logits, whole[:, 37:])
+    assert cache.get_seq_length() == 37
 
 
 def test_reset_keeps_the_memory(model, mine):

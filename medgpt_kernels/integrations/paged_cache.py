@@ -4,6 +4,7 @@ B sequences of S new tokens, G key and value heads, D head_dim, W sliding window
 values lie in pages [pages, page, G, D]. Padding is not stored: each sequence has its own length.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,9 @@ class _Growing:
             while held and (len(held) - 1) * self.page >= length:
                 self._drop(held.pop())
 
+    def taken(self) -> list[int]:
+        return [page for page, users in enumerate(self.users) if users]
+
     def used(self, longest: list[int]) -> int:
         return self.fresh - len(self.free)
 
@@ -114,6 +118,9 @@ class _Ring:
     def crop(self, lengths: list[int]) -> None:
         pass
 
+    def taken(self) -> list[int]:
+        return list(range(self.total))
+
     def used(self, longest: list[int]) -> int:
         return sum(min(self.pages, -(-n // self.page)) for n in longest)
 
@@ -146,12 +153,12 @@ class PagedLayer(CacheLayerMixin):
         self.v_pages: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states, value_states) -> None:
-        self.cache._start(key_states.shape[0], key_states.device)
-        total, page = self.cache._pages[self.window].total, self.cache.page_size
         if key_states.dtype not in DTYPES or self.cache.dtype not in (None, key_states.dtype):
             refuse(f"keys of {self.cache.dtype or DTYPES}", key_states.dtype)
         if self.cache.device not in (None, key_states.device):
             refuse(f"keys on {self.cache.device}", key_states.device)
+        self.cache._start(key_states.shape[0])
+        total, page = self.cache._pages[self.window].total, self.cache.page_size
         if self.k_pages is None or self.k_pages.shape[0] < total:
             like = {"dtype": key_states.dtype, "device": key_states.device}
             with torch.inference_mode(False):
@@ -208,6 +215,18 @@ class PagedLayer(CacheLayerMixin):
             for n in range(0, tokens, most)
         )
         return torch.cat(list(parts), 1)
+
+    def __deepcopy__(self, memo) -> "PagedLayer":
+        """For prefixes that several prompts share: pages that are not used are not touched."""
+        made = memo[id(self)] = copy.copy(self)
+        made.cache = copy.deepcopy(self.cache, memo)
+        if self.is_initialized:
+            used = self.cache._pages[self.window].taken()
+            for name in ("k_pages", "v_pages"):
+                pages = getattr(self, name)
+                setattr(made, name, torch.empty_like(pages))
+                getattr(made, name)[used] = pages[used]
+        return made
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         offset = 0 if self.window is None else max(self.seen - self.window + 1, 0)
@@ -385,7 +404,7 @@ class PagedCache(Cache):
         out = attention(*packed, **cu, max_seqlen_q=longest, max_seqlen_k=longest, **options)
         return torch.zeros_like(q).flatten(0, 1).index_copy(0, rows, out).view(q.shape)
 
-    def _start(self, batch: int, device: torch.device) -> None:
+    def _start(self, batch: int) -> None:
         """Tables for the sequences of the first call."""
         if self.lengths:
             return
