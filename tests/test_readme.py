@@ -25,6 +25,9 @@ def test_gpt_oss_example_runs():
     exec(compile(EXAMPLES[1], "README.md", "exec"), names)
     sinks = names["model"].model.layers[0].self_attn.sinks
     assert sinks.grad.abs().min() > 0
+    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    assert names["answer"].shape == (1, 352)
+    assert names["cache"].get_seq_length() == 351
 
 
 def test_examples_are_short():

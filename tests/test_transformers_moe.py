@@ -103,6 +103,32 @@ def test_generates_the_same_tokens():
     )
 
 
+def in_place(module, args, output):
+    output[2].copy_(output[2].flip(1))
+    return output
+
+
+def another_weight(module, args, output):
+    return output[0], output[1] / 2, output[2]
+
+
+@pytest.mark.parametrize("hook", [None, in_place, another_weight])
+def test_experts_take_the_routers_own_order_unless_changed(monkeypatch, hook):
+    model = language_model("gpt_oss").eval()
+    mine = copy.deepcopy(model)
+    integration.patch(mine)
+    calls, sort = [], moe.routing_from_topk
+    monkeypatch.setattr(moe, "routing_from_topk", lambda *a: calls.append(a) or sort(*a))
+    routers = [m for m in (*model.modules(), *mine.modules()) if hasattr(m, "top_k")]
+    if hook is not None:
+        for router in routers:
+            router.register_forward_hook(hook)
+    with torch.no_grad():
+        found, expected = (m(tokens(2, 19), use_cache=False).logits for m in (mine, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == (0 if hook is None else 4)
+
+
 @pytest.mark.parametrize("wrong", ["clamp", "plus_one", "halves", "last_expert"])
 def test_notices_wrong_experts(wrong, monkeypatch):
     model = language_model("gpt_oss")

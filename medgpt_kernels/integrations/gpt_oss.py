@@ -10,8 +10,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssTopKRouter,
 )
 
+from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations import transformers as interface
 from medgpt_kernels.integrations.moe import FusedGptOssRouter
+from medgpt_kernels.integrations.paged_cache import PagedCache
 from medgpt_kernels.integrations.sequences import once
 from medgpt_kernels.rotary.op import apply_rotary
 from medgpt_kernels.rotary.tables import Rotary, rotary_from_config
@@ -73,6 +75,9 @@ class FusedGptOssAttention(GptOssAttention):
                 raise ValueError("medgpt_kernels: expected position_ids with a KV cache, got None")
             reach = cache.get_seq_length(self.layer_idx) + rows[1]
             tables = self.rotary_tables.on(q.device, reach)
+            if isinstance(cache, PagedCache):
+                out = self._paged(q, k, v, attention_mask, cache, positions, tables, kwargs)
+                return self.o_proj(out.flatten(2)), None
             q, k = apply_rotary(q, k, tables, position_ids=positions)
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -99,6 +104,27 @@ class FusedGptOssAttention(GptOssAttention):
             **options,
         )
         return self.o_proj(out.flatten(2)), None
+
+    def _paged(self, q, k, v, mask, cache: PagedCache, positions, tables: Rotary, kwargs: dict):
+        """Append and attend in one: decode_attention, or attention where there is no past."""
+        if not interface.looks_back_only(self, kwargs.pop("is_causal", None), self.sliding_window):
+            refuse("causal attention with a PagedCache", "another")
+        dropout = self.attention_dropout if self.training else 0.0
+        interface.check_options(self, dropout, self.sliding_window, k.shape[1], kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            refuse("a PagedCache or cu_seq_lens_q", "both")
+        return cache.attend(
+            self.layer_idx,
+            q,
+            k,
+            v,
+            mask=mask,
+            position_ids=positions,
+            rotary=tables,
+            window=self.sliding_window,
+            sinks=self.sinks,
+            softmax_scale=self.scaling,
+        )
 
     def _rotary_options(self, q, sequences, positions, kwargs: dict) -> dict:
         """rotary and position_ids for `attend`.

@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTo
 
 from medgpt_kernels.experts.op import ExpertLora, experts
 from medgpt_kernels.integrations import refuse
-from medgpt_kernels.routing.op import routing, routing_from_topk
+from medgpt_kernels.routing.op import RoutingData, routing, routing_from_topk
 
 
 def experts_forward(
@@ -27,11 +27,13 @@ def experts_forward(
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     options = gate_of(self)
-    data = routing_from_topk(
-        top_k_index.reshape(x.shape[0], -1),
-        top_k_weights.reshape(x.shape[0], -1),
-        self.num_experts,
-    )
+    data = _as_routed(top_k_index, top_k_weights)
+    if data is None:
+        data = routing_from_topk(
+            top_k_index.reshape(x.shape[0], -1),
+            top_k_weights.reshape(x.shape[0], -1),
+            self.num_experts,
+        )
     y = experts(
         x,
         data,
@@ -142,4 +144,18 @@ class FusedGptOssRouter(GptOssTopKRouter):
     def forward(self, hidden_states):
         x = hidden_states.reshape(-1, self.hidden_dim)
         data = routing(x, self.weight, self.bias, self.top_k)
-        return data.logits, data.topk_weights, data.topk_ids.long()  # eager experts index by them
+        topk_ids = data.topk_ids.long()  # eager experts index by them
+        if not torch.compiler.is_compiling() and not topk_ids.is_inference():
+            versions = (topk_ids._version, data.topk_weights._version)
+            topk_ids.routing_data = data, versions
+        return data.logits, data.topk_weights, topk_ids
+
+
+def _as_routed(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> RoutingData | None:
+    """What FusedGptOssRouter made of these very tensors, sorted already; None if of others."""
+    if torch.compiler.is_compiling():
+        return None
+    data, versions = getattr(topk_ids, "routing_data", (None, None))
+    if data is None or data.topk_weights is not topk_weights:
+        return None
+    return data if versions == (topk_ids._version, topk_weights._version) else None
