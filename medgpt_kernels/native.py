@@ -86,6 +86,20 @@ def place(tensor: torch.Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
+def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself where its last dimension is contiguous, as the kernels need."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself where it is contiguous and fp32; else made so."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
 def check_rows(*tensors: torch.Tensor) -> None:
     """Raise PassedOn unless every row of these tensors can be read 16 bytes at a time."""
     for t in tensors:

@@ -25,7 +25,7 @@ constexpr int64_t kRows = 3, kColumns = 4;  // 12 of 16, 3 and 1
 constexpr int kRowColumns = 8;        // of a single row: as many sums as hide the latency of one
 constexpr int64_t kDepth = 1024;      // of x and weight at a time: kRows rows of x stay in L1
 constexpr int64_t kTokens = 48;       // of a task
-constexpr int64_t kSerial = 1 << 16;  // products below which waking a second thread costs more
+constexpr int64_t kSerial = 1 << 19;  // products below which waking a second thread costs more
 
 // In registers: through memory, the sums at the end of a tile cost a tenth of it.
 template <int N>

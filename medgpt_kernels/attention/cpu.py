@@ -3,16 +3,11 @@
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, fp32, pointer, rows
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.cpu import narrow_positions
 
 native.cpu()
-
-
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, as the kernels need."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -22,10 +17,6 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 def _integers(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.to(torch.int32).contiguous()
-
-
-def _floats(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.float().contiguous()
 
 
 def _problem(q, k, cos, sin, position_ids, cu_q, cu_k, window_left, window_right, softmax_scale):
@@ -72,7 +63,7 @@ def attention_fwd(
 ):
     library = native.cpu()
     q, k, v = rows(q), rows(k), rows(v)
-    sinks, cos, sin = _floats(sinks), _floats(cos), _floats(sin)
+    sinks, cos, sin = fp32(sinks), fp32(cos), fp32(sin)
     position_ids = narrow_positions(position_ids)
     cu_q, cu_k = _integers(cu_seqlens_q), _integers(cu_seqlens_k)
     problem = _problem(
@@ -121,7 +112,7 @@ def attention_bwd(
 ):
     library = native.cpu()
     q, k, v, out, d_out = map(rows, (q, k, v, out, d_out))
-    wide_sinks, cos, sin, d_lse = map(_floats, (sinks, cos, sin, d_lse))
+    wide_sinks, cos, sin, d_lse = map(fp32, (sinks, cos, sin, d_lse))
     lse = lse.contiguous()
     position_ids = narrow_positions(position_ids)
     cu_q, cu_k = _integers(cu_seqlens_q), _integers(cu_seqlens_k)

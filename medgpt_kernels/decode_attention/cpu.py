@@ -3,20 +3,13 @@
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.attention.cpu import rows
 from medgpt_kernels.decode_attention.reference import FP8
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, fp32, pointer, rows
 from medgpt_kernels.registry import Unsupported
 
 native.cpu()
 
 _NONE = (0, 0, 0)
-
-
-def _fp32(x: torch.Tensor | None) -> torch.Tensor | None:
-    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
-        return x
-    return x.to(torch.float32).contiguous()
 
 
 def decode_attention(
@@ -38,11 +31,9 @@ def decode_attention(
     library = native.cpu()
     if q.dtype not in DTYPE_CODES:
         raise Unsupported(f"q of {q.dtype}")
-    q = rows(q)
-    if k is not None:
-        k, v = rows(k), rows(v)
+    q, k, v = rows(q), rows(k), rows(v)
     cache_seqlens = cache_seqlens.contiguous()
-    k_scale, v_scale, sinks, cos, sin = map(_fp32, (k_scale, v_scale, sinks, cos, sin))
+    k_scale, v_scale, sinks, cos, sin = map(fp32, (k_scale, v_scale, sinks, cos, sin))
     batches, tokens, heads, head_dim = q.shape
     pages, page, kv_heads, _ = k_cache.shape
     capacity, table_stride, table_length, half = page, 0, 0, 0

@@ -8,21 +8,12 @@ import torch
 
 from medgpt_kernels import native
 from medgpt_kernels.decode_attention.reference import FP8
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, fp32, pointer, rows
 from medgpt_kernels.registry import PassedOn, Unsupported
 
 native.cuda()
 MAX_TOKENS, SPLIT, MAX_SCRATCH = 16, 256, 2**28  # bytes
 _NONE = (0, 0, 0)
-
-
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """x itself where its last dimension is contiguous, as the kernels need."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _fp32(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
 
 
 def _splits(capacity: int, window_left: int, tokens: int) -> int:
@@ -63,9 +54,9 @@ def decode_attention(
     softmax_scale,
 ):
     _check(q, k_cache, v_cache)
-    q, k, v, block_table = _rows(q), _rows(k), _rows(v), _rows(block_table)
+    q, k, v, block_table = rows(q), rows(k), rows(v), rows(block_table)
     cache_seqlens = cache_seqlens.contiguous()
-    k_scale, v_scale, sinks, cos, sin = map(_fp32, (k_scale, v_scale, sinks, cos, sin))
+    k_scale, v_scale, sinks, cos, sin = map(fp32, (k_scale, v_scale, sinks, cos, sin))
     batches, tokens, heads, head_dim = q.shape
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]

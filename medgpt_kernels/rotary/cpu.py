@@ -3,7 +3,7 @@
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, pointer, rows
 from medgpt_kernels.registry import Unsupported
 
 native.cpu()
@@ -19,8 +19,7 @@ def narrow_positions(position_ids: torch.Tensor | None) -> torch.Tensor | None:
 def _launch(q, k, cos, sin, position_ids, cu_seqlens, direction):
     if q.dtype not in DTYPE_CODES:
         raise Unsupported(f"q of {q.dtype}")
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    cos, sin = cos.contiguous(), sin.contiguous()
+    q, k, cos, sin = rows(q), rows(k), cos.contiguous(), sin.contiguous()
     position_ids = narrow_positions(position_ids)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()

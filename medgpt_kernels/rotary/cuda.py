@@ -3,21 +3,16 @@
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, pointer, rows
 from medgpt_kernels.registry import Unsupported
 
 native.cuda()
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, as the kernel needs."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _launch(q, k, cos, sin, position_ids, cu_seqlens, direction):
     if q.dtype not in DTYPE_CODES:
         raise Unsupported(f"q of {q.dtype}")
-    q, k, cos, sin = _rows(q), _rows(k), cos.contiguous(), sin.contiguous()
+    q, k, cos, sin = rows(q), rows(k), cos.contiguous(), sin.contiguous()
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     batched = q.ndim == 4
     position_strides = (0, 0)

@@ -3,23 +3,12 @@
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, fp32, pointer, rows
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.routing.reference import narrow
 
 native.cpu()
 SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
-
-
-def _rows(x):
-    """x itself where its rows are contiguous, however far apart."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _fp32(t):
-    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
-        return t
-    return t.to(torch.float32).contiguous()
 
 
 def _problem(logits, hidden, topk, scoring, renormalize):
@@ -45,7 +34,7 @@ def _order(slots, num_experts):
 
 
 def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, renormalize):
-    bias, correction_bias = _fp32(bias), _fp32(correction_bias)
+    bias, correction_bias = fp32(bias), fp32(correction_bias)
     given = None if topk_ids is None else narrow(topk_ids).contiguous()
     tokens = logits.shape[0]
     weights = torch.empty(tokens, topk, dtype=torch.float32)
@@ -76,7 +65,7 @@ def routing_fwd(x, weight, bias, correction_bias, topk_ids, topk, scoring, renor
         raise Unsupported(f"x of {x.dtype}")
     logits = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     routed = _forward(
-        _rows(x), weight.contiguous(), bias, logits, correction_bias, topk_ids, topk, scoring,
+        rows(x), weight.contiguous(), bias, logits, correction_bias, topk_ids, topk, scoring,
         renormalize,
     )  # fmt: skip
     return *routed, logits
@@ -129,8 +118,8 @@ def routing_bwd(
 ):  # fmt: skip
     if x.dtype not in DTYPE_CODES:
         raise Unsupported(f"x of {x.dtype}")
-    x, weight = _rows(x), weight.contiguous()
-    d_topk_weights, d_logits = _fp32(d_topk_weights), _fp32(d_logits)
+    x, weight = rows(x), weight.contiguous()
+    d_topk_weights, d_logits = fp32(d_topk_weights), fp32(d_logits)
     d_x, d_weight = (
         torch.empty(t.shape, dtype=t.dtype) if need else None
         for t, need in zip((x, weight), wanted, strict=False)

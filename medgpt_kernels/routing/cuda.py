@@ -7,8 +7,9 @@ ids are served up to 4,096; more tokens and the backward are Triton's.
 import torch
 
 from medgpt_kernels import native
-from medgpt_kernels.native import DTYPE_CODES, pointer
+from medgpt_kernels.native import DTYPE_CODES, fp32, pointer
 from medgpt_kernels.registry import PassedOn, Unsupported
+from medgpt_kernels.routing.reference import narrow
 
 native.cuda()
 SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
@@ -20,18 +21,14 @@ def _check(tokens: int, num_experts: int, topk: int, most: int) -> None:
         raise PassedOn(f"{tokens} tokens, {num_experts} experts, topk {topk}: more than one launch")
 
 
-def _fp32(t):
-    return None if t is None else t.to(torch.float32).contiguous()
-
-
 def _launch(
     x, weight, bias, logits, correction_bias, topk_ids, tokens, num_experts, topk, scoring,
     renormalize,
 ):  # fmt: skip
     """weights, ids and the order; without logits ids are sorted alone."""
     device = (topk_ids if logits is None else logits).device
-    bias, correction_bias = _fp32(bias), _fp32(correction_bias)
-    given = None if topk_ids is None else topk_ids.to(torch.int32).contiguous()
+    bias, correction_bias = fp32(bias), fp32(correction_bias)
+    given = None if topk_ids is None else narrow(topk_ids).contiguous()
 
     def integers(*shape):
         return torch.empty(shape, dtype=torch.int32, device=device)
