@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings_cuda.h"
+#include "bindings_direct.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -405,6 +406,7 @@ PYBIND11_MODULE(_c, m) {
   bind_experts(m, cpu);
   bind_routing(m, cpu);
   bind_mxfp4(cpu);
+  bind_direct(m);
   m.def(
       "open_cpu",
       [](const std::string& path) { return open_library<CpuKernels>(path, "medgpt_cpu_kernels"); },

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
+from medgpt_kernels import registry
 from medgpt_kernels.registry import PassedOn, Unsupported
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -59,6 +61,48 @@ def cpu():
     if wanted not in isas:
         raise Unsupported(f"MEDGPT_KERNELS_CPU_ISA={wanted}: this machine has {', '.join(isas)}")
     return cpu_library(wanted)
+
+
+class _LongWay:
+    """Where there are no direct calls."""
+
+    @staticmethod
+    def routing_direct(*args):
+        return None
+
+    decode_attention_direct = routing_direct
+
+
+@functools.cache
+def direct():
+    """The calls of a decoding step that pass by PyTorch's layers (csrc/bindings_direct.cpp).
+
+    Each gives None to a call that it does not take: with gradients or a mode of PyTorch's on, to be
+    converted, or wrong. They serve the best library only.
+    """
+    functorch = torch._C._functorch
+    try:
+        facts = {str(dtype)[6:]: dtype for dtype in (*DTYPE_CODES, torch.int32)}
+        facts |= {
+            "Tensor": torch.Tensor,
+            "Parameter": torch.nn.Parameter,
+            "modes": (
+                torch.is_grad_enabled,
+                torch._C._len_torch_dispatch_stack,
+                torch._C._len_torch_function_stack,
+                torch._C._is_tracing,
+                functorch.peek_interpreter_stack,
+            ),
+            "autocast": torch.is_autocast_enabled,
+            "forward_ad": forward_ad,
+            "chosen": registry._chosen,
+            "take": torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
+        }
+        path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        _bindings().open_direct(cpu_library(supported_isas()[0]), str(path), facts)
+        return _bindings()
+    except (Unsupported, AttributeError, RuntimeError):
+        return _LongWay
 
 
 @functools.cache

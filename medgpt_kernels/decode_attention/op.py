@@ -6,7 +6,7 @@ caches [B, S_max, G, D], or [pages, page, G, D] with max_pages table entries a s
 
 import torch
 
-from medgpt_kernels import registry
+from medgpt_kernels import native, registry
 from medgpt_kernels.attention.op import MAX_HEAD_DIM, MAX_WINDOW, is_size
 from medgpt_kernels.decode_attention.reference import FP8
 from medgpt_kernels.rotary.op import check_tables
@@ -63,6 +63,13 @@ def decode_attention(
         ValueError: shapes, dtypes or devices that do not fit, a required gradient; on the CPU also
             lengths beyond the cache or the tables, and pages out of range.
     """
+    if not torch.compiler.is_compiling():
+        done = native.direct().decode_attention_direct(
+            q, k_cache, v_cache, cache_seqlens, block_table, k, v, k_scale, v_scale, window_size,
+            sinks, softmax_scale, rotary,
+        )  # fmt: skip
+        if done is not None:
+            return done[0]
     if k is not None and v is not None:
         q, k, v = registry.autocast(q, k, v)
     else:

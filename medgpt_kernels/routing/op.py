@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from medgpt_kernels import registry
+from medgpt_kernels import native, registry
 from medgpt_kernels.routing.reference import narrow
 
 SCORINGS = ("topk_softmax", "softmax_topk", "sigmoid")
@@ -64,6 +64,12 @@ def routing(
         ValueError: shapes, dtypes, devices or names that do not fit, topk > E; on the CPU also ids
             out of range and logits that are NaN (on a GPU their tokens' weights are NaN).
     """
+    if not torch.compiler.is_compiling():
+        routed = native.direct().routing_direct(
+            x, weight, bias, topk, scoring, renormalize, correction_bias, topk_ids
+        )
+        if routed is not None:
+            return RoutingData._make(routed)
     if registry.autocast_dtype(x.device.type) is not None:
         x, weight = registry.autocast(x, weight)
         if bias is not None and bias.dtype != torch.float32:
