@@ -1,8 +1,10 @@
-// A decoding step's calls, some of which last 10 us: plain functions of Python's C interface that read
-// the tensors' attributes themselves, make the outputs by torch's C interface and run the kernel.
+// A decoding step's calls, some of which last 10 us: plain functions of Python's C interface that
+// read the tensors' attributes themselves, make the outputs by torch's C interface and run the
+// kernel.
 //
-// They take what needs no conversion, no gradient and no mode of PyTorch's. To any other call, and to
-// one that is wrong, the answer is None: the caller goes the long way, which converts or explains.
+// They take what needs no conversion, no gradient and no mode of PyTorch's. To any other call, and
+// to one that is wrong, the answer is None: the caller goes the long way, which converts or
+// explains.
 #include "bindings_direct.h"
 
 #include <dlfcn.h>
@@ -93,7 +95,8 @@ struct Tensor {
 };
 
 bool read_sizes(const Ref& tuple, int64_t* out, int dims) {
-  if (tuple.get() == nullptr || !PyTuple_Check(tuple.get()) || PyTuple_GET_SIZE(tuple.get()) != dims)
+  if (tuple.get() == nullptr || !PyTuple_Check(tuple.get()) ||
+      PyTuple_GET_SIZE(tuple.get()) != dims)
     return false;
   for (int i = 0; i < dims; i++) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.get(), i));
   return true;
@@ -103,7 +106,8 @@ bool read_sizes(const Ref& tuple, int64_t* out, int dims) {
 bool read_tensor(PyObject* object, int dims, Tensor* t) {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != torch->tensor && type != torch->parameter) return false;
-  Ref dtype(PyObject_GetAttr(object, torch->dtype)), is_cpu(PyObject_GetAttr(object, torch->is_cpu));
+  Ref dtype(PyObject_GetAttr(object, torch->dtype)),
+      is_cpu(PyObject_GetAttr(object, torch->is_cpu));
   Ref is_neg(PyObject_CallMethodNoArgs(object, torch->is_neg));
   if (!is_cpu.is(Py_True) || !is_neg.is(Py_False)) return false;
   for (int i = 0; i < kDtypes; i++)
@@ -204,23 +208,22 @@ PyObject* routing(PyObject* const* a, Py_ssize_t count) {
   int64_t tokens = x.size[0], hidden = x.size[1], experts = weight.size[0];
   bool renormalize = a[5] == Py_True;
   if (scoring < 0 || (scoring == 0 && !renormalize) || topk > experts || x.dtype == kInt32 ||
-      x.dtype == static_cast<int>(DType::kU8) || !x.rows() || !weight.is(x.dtype, experts, hidden) ||
-      !weight.contiguous() || tokens * topk >= int64_t{1} << 31 ||
-      !bias.read(a[2], experts, x.dtype))
+      x.dtype == static_cast<int>(DType::kU8) || !x.rows() ||
+      !weight.is(x.dtype, experts, hidden) || !weight.contiguous() ||
+      tokens * topk >= int64_t{1} << 31 || !bias.read(a[2], experts, x.dtype))
     return no_answer();
   Outputs outputs;
   auto* weights = outputs.add<float>(0, tokens, topk);
   auto* ids = outputs.add<int32_t>(kInt32, tokens, topk);
-  RoutingOrder order{outputs.add<int32_t>(kInt32, experts), outputs.add<int32_t>(kInt32, experts + 1),
-                     outputs.add<int32_t>(kInt32, tokens * topk),
-                     outputs.add<int32_t>(kInt32, tokens * topk)};
+  RoutingOrder order{
+      outputs.add<int32_t>(kInt32, experts), outputs.add<int32_t>(kInt32, experts + 1),
+      outputs.add<int32_t>(kInt32, tokens * topk), outputs.add<int32_t>(kInt32, tokens * topk)};
   auto* logits = outputs.add<float>(0, tokens, experts);
   {
     py::gil_scoped_release unlocked;
-    torch->kernels->routing_fwd(
-        {tokens, hidden, experts, topk, scoring, renormalize},
-        {static_cast<DType>(x.dtype), x.data, weight.data, x.stride[0], bias.data, nullptr, nullptr,
-         logits, weights, ids, order});
+    torch->kernels->routing_fwd({tokens, hidden, experts, topk, scoring, renormalize},
+                                {static_cast<DType>(x.dtype), x.data, weight.data, x.stride[0],
+                                 bias.data, nullptr, nullptr, logits, weights, ids, order});
   }
   return outputs.take();
 }
@@ -258,8 +261,9 @@ PyObject* decode_attention(PyObject* const* a, Py_ssize_t count) {
   Floats sinks;
   int64_t left = 0;
   if (torch == nullptr || count != 13 || a[7] != Py_None || a[8] != Py_None || !is_plain() ||
-      !read_tensor(a[0], 4, &q) || !read_tensor(a[1], 4, &k_cache) || !read_tensor(a[2], 4, &v_cache) ||
-      !read_tensor(a[3], 1, &lengths) || !read_if_there(a[4], 2, &table) || !read_if_there(a[5], 4, &k) ||
+      !read_tensor(a[0], 4, &q) || !read_tensor(a[1], 4, &k_cache) ||
+      !read_tensor(a[2], 4, &v_cache) || !read_tensor(a[3], 1, &lengths) ||
+      !read_if_there(a[4], 2, &table) || !read_if_there(a[5], 4, &k) ||
       !read_if_there(a[6], 4, &v) || !read_window(a[9], &left))
     return no_answer();
   int64_t batches = q.size[0], tokens = q.size[1], heads = q.size[2], head_dim = q.size[3];
@@ -295,10 +299,27 @@ PyObject* decode_attention(PyObject* const* a, Py_ssize_t count) {
   {
     py::gil_scoped_release unlocked;
     torch->kernels->decode_attention(
-        {batches, tokens, heads, kv_heads, head_dim, capacity,
-         static_cast<const int32_t*>(lengths.data), static_cast<const int32_t*>(table.data),
-         table.stride[0], k_cache.size[0], page, at(cos), at(sin), cos.size[1], cos.size[0], nullptr,
-         nullptr, sinks.data, left, static_cast<float>(scale), append},
+        {batches,
+         tokens,
+         heads,
+         kv_heads,
+         head_dim,
+         capacity,
+         static_cast<const int32_t*>(lengths.data),
+         static_cast<const int32_t*>(table.data),
+         table.stride[0],
+         k_cache.size[0],
+         page,
+         at(cos),
+         at(sin),
+         cos.size[1],
+         cos.size[0],
+         nullptr,
+         nullptr,
+         sinks.data,
+         left,
+         static_cast<float>(scale),
+         append},
         static_cast<DType>(q.dtype), false,
         {q.data, k.data, v.data, k_cache.data, v_cache.data, q.strides(), k.strides(), v.strides(),
          k_cache.strides(), v_cache.strides(), out});

@@ -29,6 +29,7 @@ using Tensors = DecodeTensors;
 
 constexpr int64_t kBlock = 32;       // keys between two updates of the running maximum
 constexpr int64_t kSplit = 512;      // keys of a split times new tokens
+constexpr int64_t kUnitKeys = 512;   // of one head: less is not worth a unit of its own
 constexpr int64_t kFewTokens = 16;   // more new tokens than this are not split over the keys
 constexpr int64_t kBlockRows = 128;  // rows of one key head in a unit, if there are that many
 constexpr int64_t kSumStep = 32;     // fp32 terms of one score summed in one chain
@@ -315,27 +316,19 @@ class Worker {
         most_slots_(round_up(most_rows, kChunk)),
         copy_keys_(!kSame || layout.p.head_dim % units_per<U> != 0),
         copy_values_(!kSame || layout.p.head_dim % (kTileVectors * kLanes) != 0),
-        queries_(most_heads * most_slots_ * depth_),
-        out_(most_heads * most_rows * padded_),
-        maximum_(most_heads * most_slots_),
-        sum_(most_heads * most_slots_),
-        keys_(copy_keys_ ? kBlock * kStride : 0),
-        values_(copy_values_ ? kBlock * kStride : 0),
-        scores_(kBlock * kChunk),
-        probabilities_(kBlock * kChunk),
-        row_(padded_),
-        lo_(most_slots_),
-        hi_(most_slots_) {}
+        memory_(place_arrays(0, most_heads, most_rows)) {
+    place_arrays(reinterpret_cast<uintptr_t>(memory_.get()), most_heads, most_rows);
+  }
 
   // Sums of the unit's rows go to parts, or if it is the only split its output to the tensor.
   void run(const Sequence& s, const Unit& unit, const Parts& parts) {
     rows_ = l_.rows(unit.tokens), slots_ = round_up(rows_, kChunk);
     int64_t heads = unit.head_hi - unit.head_lo;
     bool alone = unit.part < 0;
-    float* out = alone ? out_.get() : parts.out + (unit.part + unit.head_lo * rows_) * padded_;
+    float* out = alone ? out_ : parts.out + (unit.part + unit.head_lo * rows_) * padded_;
     std::fill_n(out, heads * rows_ * padded_, 0.0f);
-    std::fill_n(maximum_.get(), heads * slots_, kLowest);
-    std::fill_n(sum_.get(), heads * slots_, 0.0f);
+    std::fill_n(maximum_, heads * slots_, kLowest);
+    std::fill_n(sum_, heads * slots_, 0.0f);
     see(s, unit);
     for (int64_t h = 0; h < heads; h++) load_queries(s, unit, unit.head_lo + h, h);
     locate(s, unit, unit.lo, 0);
@@ -374,7 +367,7 @@ class Worker {
     const T* v = static_cast<const T*>(a_.v) + s.batch * a_.v_strides[0] + i * a_.v_strides[1];
     C* k_out = static_cast<C*>(a_.k_cache) + l_.offset(a_.k_cache_strides, s.batch, at);
     C* v_out = static_cast<C*>(a_.v_cache) + l_.offset(a_.v_cache_strides, s.batch, at);
-    float* row = row_.get();
+    float* row = row_;
     for (int64_t g = 0; g < p_.kv_heads; g++) {
       load_row(k + g * a_.k_strides[2], row, dim, padded_);
       if (p_.cos != nullptr)
@@ -395,7 +388,7 @@ class Worker {
     for (int64_t i = 0; i < splits; i++)
       highest = parts.maximum[i * rows] <= highest ? highest : parts.maximum[i * rows];
     float total = sink > kLowest ? std::exp(sink - highest) : 0.0f;
-    float* row = row_.get();
+    float* row = row_;
     std::fill_n(row, padded_, 0.0f);
     for (int64_t i = 0; i < splits; i++) {
       float factor = std::exp(parts.maximum[i * rows] - highest);
@@ -415,6 +408,27 @@ class Worker {
   static constexpr bool kSame = sizeof(C) * units_per<U> == sizeof(U);
   int64_t run_bytes() const { return p_.head_dim * sizeof(C); }
 
+  // One allocation holds all arrays: a dozen of them show in a short call. Returns their bytes.
+  int64_t place_arrays(uintptr_t base, int64_t heads, int64_t rows) {
+    int64_t used = 0;
+    auto place = [&](auto*& array, int64_t count) {
+      array = reinterpret_cast<std::decay_t<decltype(array)>>(base + used);
+      used += round_up(count * static_cast<int64_t>(sizeof(*array)), 64);
+    };
+    place(queries_, heads * most_slots_ * depth_);
+    place(out_, heads * rows * padded_);
+    place(maximum_, heads * most_slots_);
+    place(sum_, heads * most_slots_);
+    place(keys_, copy_keys_ ? kBlock * kStride : 0);
+    place(values_, copy_values_ ? kBlock * kStride : 0);
+    place(scores_, kBlock * kChunk);
+    place(probabilities_, kBlock * kChunk);
+    place(row_, padded_);
+    place(lo_, most_slots_);
+    place(hi_, most_slots_);
+    return used;
+  }
+
   // What each row sees, and what every row does.
   void see(const Sequence& s, const Unit& unit) {
     all_lo_ = unit.lo, all_hi_ = unit.hi;
@@ -431,7 +445,7 @@ class Worker {
   void load_queries(const Sequence& s, const Unit& unit, int64_t kv_head, int64_t h) {
     const Strides& qs = a_.q_strides;
     U* queries = &queries_[h * slots_ * depth_];
-    float* row = row_.get();
+    float* row = row_;
     for (int64_t r = 0; r < slots_; r++) {
       int64_t token = unit.token + r / l_.group, at = s.total - p_.tokens + token;
       if (r < rows_) {
@@ -443,7 +457,7 @@ class Worker {
       } else {
         std::fill_n(row, padded_, 0.0f);
       }
-      const U* units = to_units(row, probabilities_.get(), padded_);
+      const U* units = to_units(row, probabilities_, padded_);
       U* out = queries + r / kChunk * kChunk * depth_ + r % kChunk;
       for (int64_t d = 0; d < depth_; d++) out[d * kChunk] = units[d];
     }
@@ -514,7 +528,7 @@ class Worker {
   // Scores to probabilities, relative to each row's running maximum; keys that a row does not see
   // get none.
   void soften(int64_t slot, int64_t r, int64_t first, int64_t count) {
-    float *maximum = &maximum_[slot], *scores = scores_.get();
+    float *maximum = &maximum_[slot], *scores = scores_;
     int64_t keys = round_up(count, kTileKeys), vectors = keys * kChunk / kLanes;
     bool masked = first < all_lo_ || first + keys > all_hi_;
     vf highest[kPatterns], before[kPatterns], total[kPatterns] = {};
@@ -607,14 +621,15 @@ class Worker {
   int64_t padded_, depth_, most_slots_;
   bool copy_keys_, copy_values_;
   int64_t rows_ = 0, slots_ = 0, all_lo_ = 0, all_hi_ = 0;
-  Buffer<U> queries_;            // [heads][chunks][units of D][kChunk]
-  Buffer<float> out_;            // [heads][rows][Dp], where there is one split
-  Buffer<float> maximum_, sum_;  // [heads][slots]
-  Buffer<U> keys_, values_;      // copied rows [kBlock][kStride], [units of kBlock][kStride]
-  Buffer<float> scores_;         // [kBlock][kChunk]
-  Buffer<U> probabilities_;      // [units of kBlock][kChunk]
-  Buffer<float> row_;            // [Dp]
-  Buffer<int32_t> lo_, hi_;      // [slots]
+  U* queries_;             // [heads][chunks][units of D][kChunk]
+  float* out_;             // [heads][rows][Dp], where there is one split
+  float *maximum_, *sum_;  // [heads][slots]
+  U *keys_, *values_;      // copied rows [kBlock][kStride], [units of kBlock][kStride]
+  float* scores_;          // [kBlock][kChunk]
+  U* probabilities_;       // [units of kBlock][kChunk]
+  float* row_;             // [Dp]
+  int32_t *lo_, *hi_;      // [slots]
+  Buffer<char> memory_;
   float rescale_[kChunk] = {}, scale_ = 0;
   const void *k_rows_[2][kBlock] = {}, *v_rows_[2][kBlock] = {};
   const void *head_k_[kBlock] = {}, *head_v_[kBlock] = {};
@@ -646,11 +661,12 @@ int64_t make_units(const Layout& layout, const std::vector<Sequence>& sequences,
   return part;
 }
 
-// Divides the units by key heads until every thread has several.
+// Divides the units by key heads until every thread has several, if they are worth it.
 int64_t divide_heads(const Layout& layout, std::vector<Unit>& units) {
-  int64_t kv_heads = layout.p.kv_heads, wanted = 4 * omp_get_max_threads();
-  int64_t each = std::max<int64_t>(
-      1, kv_heads * static_cast<int64_t>(units.size()) / std::max<int64_t>(wanted, 1));
+  int64_t kv_heads = layout.p.kv_heads, threads = omp_get_max_threads(), keys = 0;
+  for (const Unit& unit : units) keys += unit.hi - unit.lo;
+  int64_t wanted = std::clamp(keys * kv_heads / kUnitKeys, threads, 4 * threads);
+  int64_t each = std::max<int64_t>(1, kv_heads * static_cast<int64_t>(units.size()) / wanted);
   each = std::min(each, kv_heads);
   if (layout.rows(layout.p.tokens) > kBlockRows / 4) each = 1;
   std::vector<Unit> divided;
@@ -674,20 +690,27 @@ void decode(const Layout& layout, const Tensors& a) {
   for (const Unit& unit : units) most_rows = std::max(most_rows, layout.rows(unit.tokens));
   Buffer<float> out(part_rows * layout.padded), maximum(part_rows), sum(part_rows);
   Parts parts{out.get(), maximum.get(), sum.get()};
+  bool prepared = p.append;
+  for (const Sequence& s : sequences) prepared |= s.length < 0;
 #pragma omp parallel
   {
     Worker<T, C, U> worker(layout, a, heads, most_rows);
+    if (prepared) {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.batches * p.tokens; i++) {
-      const Sequence& s = sequences[i / p.tokens];
-      if (s.length < 0)
-        std::memset(static_cast<T*>(a.out) + i * row_size, 0, row_size * sizeof(T));
-      else if (p.append)
-        worker.append(s, i % p.tokens);
+      for (int64_t i = 0; i < p.batches * p.tokens; i++) {
+        const Sequence& s = sequences[i / p.tokens];
+        if (s.length < 0)
+          std::memset(static_cast<T*>(a.out) + i * row_size, 0, row_size * sizeof(T));
+        else if (p.append)
+          worker.append(s, i % p.tokens);
+      }
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < units.size(); i++)
       worker.run(sequences[units[i].sequence], units[i], parts);
+    if (!joins.empty()) {
+#pragma omp barrier
+    }
     for (const Join& join : joins) {
       int64_t rows = layout.rows(join.tokens);
 #pragma omp for schedule(static) nowait
