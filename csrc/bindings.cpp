@@ -362,6 +362,17 @@ void bind_routing(py::module_& m, py::class_<CpuKernels>& cpu) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_linear(py::class_<CpuKernels>& cpu) {
+  cpu.def(
+      "linear",
+      [](const CpuKernels& kernels, int64_t tokens, int64_t in, int64_t out, Address x,
+         Address weight, Address bias, Address y) {
+        kernels.linear(
+            {tokens, in, out, at<void>(x), at<void>(weight), at<void>(bias), at<void>(y)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_mxfp4(py::class_<CpuKernels>& cpu) {
   cpu.def(
       "mxfp4_quantize",
@@ -405,6 +416,7 @@ PYBIND11_MODULE(_c, m) {
   bind_decode_attention(cpu);
   bind_experts(m, cpu);
   bind_routing(m, cpu);
+  bind_linear(cpu);
   bind_mxfp4(cpu);
   bind_direct(m);
   m.def(

@@ -22,6 +22,7 @@ namespace py = pybind11;
 namespace {
 constexpr int kInt32 = 4;  // beside DType's codes; both index Torch's tables
 constexpr int kDtypes = 5;
+constexpr int64_t kLinearTokens = 16;  // beyond them torch's product is as fast
 
 // Python objects and C functions of torch, held for the life of the process.
 struct Torch {
@@ -327,6 +328,27 @@ PyObject* decode_attention(PyObject* const* a, Py_ssize_t count) {
   return outputs.take();
 }
 
+// (x [B, S, K], weight [N, K], bias [N] or None), bf16, at most kLinearTokens rows: F.linear's [y].
+PyObject* linear(PyObject* const* a, Py_ssize_t count) {
+  constexpr int kBF16 = static_cast<int>(DType::kBF16);
+  Tensor x, weight, bias;
+  if (torch == nullptr || count != 3 || !is_plain()) return no_answer();
+  if (!read_tensor(a[0], 3, &x) || !read_tensor(a[1], 2, &weight) || !read_if_there(a[2], 1, &bias))
+    return no_answer();
+  int64_t tokens = x.size[0] * x.size[1], in = x.size[2], out = weight.size[0];
+  if (x.dtype != kBF16 || tokens > kLinearTokens || !x.contiguous() || !weight.is(kBF16, out, in) ||
+      !weight.contiguous())
+    return no_answer();
+  if (bias.data != nullptr && (!bias.is(kBF16, out) || !bias.contiguous())) return no_answer();
+  Outputs outputs;
+  void* y = outputs.add<void>(kBF16, x.size[0], x.size[1], out);
+  {
+    py::gil_scoped_release unlocked;
+    torch->kernels->linear({tokens, in, out, x.data, weight.data, bias.data, y});
+  }
+  return outputs.take();
+}
+
 template <typename F>
 void find(void* library, const char* name, F* out) {
   *out = reinterpret_cast<F>(dlsym(library, name));
@@ -383,6 +405,7 @@ PyCFunction fast() {
 PyMethodDef functions[] = {
     {"routing_direct", fast<routing>(), METH_FASTCALL, "RoutingData's fields, or None"},
     {"decode_attention_direct", fast<decode_attention>(), METH_FASTCALL, "[out], or None"},
+    {"linear_direct", fast<linear>(), METH_FASTCALL, "[y], or None"},
     {nullptr, nullptr, 0, nullptr}};
 }  // namespace
 

@@ -70,7 +70,7 @@ class _LongWay:
     def routing_direct(*args):
         return None
 
-    decode_attention_direct = routing_direct
+    decode_attention_direct = linear_direct = routing_direct
 
 
 @functools.cache

@@ -20,6 +20,8 @@ SHARED_NATIVE = {
         "gemm.h",
         "buffer.h",
         "dispatch.h",
+        "dot.h",
+        "linear.cpp",
         "fp8.h",
         "vmath.h",
         "grouped_gemm.h",

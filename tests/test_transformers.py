@@ -601,8 +601,9 @@ def test_patch_reports_and_changes_no_state():
         for part, name in (
             ("self_attn", "FusedGptOssAttention"),
             ("mlp.router", "FusedGptOssRouter"),
+            *((f"self_attn.{p}_proj", "FewRowsLinear") for p in "qkvo"),
         )
-    }
+    } | {"lm_head": "FewRowsLinear"}
     assert integration.patch(model) == {}
     assert integration.patch(model, strict=True) == {}
     after = model.state_dict()
@@ -658,7 +659,7 @@ def test_patch_finds_gpt_oss_inside_a_vision_language_model():
     pixels = torch.randn(1, 3, 32, 32)
     expected = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
     report = integration.patch(model)
-    assert len(report) == 8  # attention and routers
+    assert len(report) == 25  # attention, routers, four projections a layer, and the head
     assert config.get_text_config()._attn_implementation == "medgpt_kernels"
     torch.testing.assert_close(
         model(input_ids=ids, pixel_values=pixels, use_cache=False).logits, expected

@@ -173,6 +173,15 @@ void routing_sort(const int32_t* ids, int64_t tokens, int64_t topk, int64_t expe
 void routing_bwd(const RoutingProblem&, const RoutingBackward&);
 void routing_logits_bwd(const RoutingProblem&, const RoutingBackward&, float* d_logits);
 
+// y [T, N] = x [T, K] weight [N, K]^T + bias [N] (null: none), for few tokens; all contiguous, in
+// one dtype, summed in fp32
+struct Linear {
+  int64_t tokens, in, out;
+  const void *x, *weight, *bias;
+  void* y;
+};
+void linear(const Linear&);
+
 // count blocks of 32 values, contiguous: 16 bytes and a scale each
 void mxfp4_quantize(DType dtype, const void* in, int64_t count, uint8_t* blocks, uint8_t* scales);
 void mxfp4_dequantize(DType dtype, const uint8_t* blocks, const uint8_t* scales, int64_t count,
@@ -202,6 +211,7 @@ struct CpuKernels {
   decltype(&::routing_sort) routing_sort;
   decltype(&::routing_bwd) routing_bwd;
   decltype(&::routing_logits_bwd) routing_logits_bwd;
+  decltype(&::linear) linear;
   decltype(&::mxfp4_quantize) mxfp4_quantize;
   decltype(&::mxfp4_dequantize) mxfp4_dequantize;
 };

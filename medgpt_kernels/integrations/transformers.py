@@ -106,7 +106,8 @@ def load_mxfp4(directory, *, dtype: torch.dtype = torch.bfloat16, **options):
 def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
     """Put fused rotary, attention, routing and experts into the gpt-oss layers, in place.
 
-    The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay.
+    The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay. On
+    the CPU, the projections around attention and the head get a kernel for a few rows of bf16.
 
     Args:
         model: any module.

@@ -1,0 +1,66 @@
+// y = x weight^T + bias for a few rows of bf16: bound by reading the weight, once.
+//
+// T rows, K inputs, N outputs.
+#include <omp.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "buffer.h"
+#include "dot.h"
+#include "kernels.h"
+
+namespace {
+constexpr int64_t kUnit = 32;                // rows of the weight that a thread takes at a time
+constexpr int kTokens = kLanes > 8 ? 4 : 2;  // times 4 outputs: half the registers accumulate
+constexpr int kRowColumns = 8;  // of a single row: as many sums as hide the latency of one
+
+// sums [tokens][kUnit] of outputs [n, end)
+void products(const Linear& p, int64_t n, int64_t end, float* sums) {
+  const bf16 *x = static_cast<const bf16*>(p.x), *weight = static_cast<const bf16*>(p.weight);
+  auto tile = [&](auto rows, auto columns, int64_t t) {
+    constexpr int kM = decltype(rows)::value, kN = decltype(columns)::value;
+    const bf16* row = weight + n * p.in;
+    Ahead<bf16> ahead;
+    if (t == 0 && p.tokens > 1 && n + 2 * kN <= p.out) ahead = {row + kN * p.in, p.in, kN};
+    dot_tile<kM, kN>(x + t * p.in, p.in, row, p.in, p.in, sums + t * kUnit, kUnit, ahead);
+  };
+  std::integral_constant<int, 1> one;
+  std::integral_constant<int, 2> two;
+  std::integral_constant<int, 4> four;
+  std::integral_constant<int, kRowColumns> many;
+  for (int64_t step; n < end; n += step, sums += step) {
+    step = end - n < 4 ? 1 : p.tokens == 1 && end - n >= kRowColumns ? kRowColumns : 4;
+    int64_t t = 0;
+    if (step == kRowColumns) {
+      tile(one, many, t);
+    } else if (step == 1) {
+      for (; t < p.tokens; t++) tile(one, one, t);
+    } else {
+      for (; kTokens == 4 && t + 4 <= p.tokens; t += 4) tile(four, four, t);
+      for (; t + 2 <= p.tokens; t += 2) tile(two, four, t);
+      for (; t < p.tokens; t++) tile(one, four, t);
+    }
+  }
+}
+
+void columns(const Linear& p, int64_t n, int64_t end) {
+  const bf16* bias = static_cast<const bf16*>(p.bias);
+  Buffer<float> sums(p.tokens * kUnit);
+  std::fill_n(sums.get(), p.tokens * kUnit, 0.0f);
+  products(p, n, end, sums.get());
+  for (int64_t t = 0; t < p.tokens; t++)
+    for (int64_t i = n; i < end; i += kLanes) {
+      int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      vf sum = load(&sums[t * kUnit + i - n]);
+      if (bias != nullptr) sum += load_partial(bias + i, count);
+      store_partial(static_cast<bf16*>(p.y) + t * p.out + i, sum, count);
+    }
+}
+}  // namespace
+
+void linear(const Linear& p) {
+  int64_t units = (p.out + kUnit - 1) / kUnit;
+#pragma omp parallel for schedule(dynamic) if (p.out * p.in > int64_t{1} << 18)
+  for (int64_t i = 0; i < units; i++) columns(p, i * kUnit, std::min((i + 1) * kUnit, p.out));
+}
