@@ -144,7 +144,9 @@ def test_gradients_of_a_mixed_batch(name):
         torch.manual_seed(seed)
         weights = [torch.randn_like(t) for t in ours_of(mine, images)]
         runs = [gradients(mine, ours_of(mine, images), weights)]
-        with mk.backend("reference"):  # theirs sums norms' gradients image by image, with less error
+        with mk.backend(
+            "reference"
+        ):  # theirs sums norms' gradients image by image, with less error
             runs.append(gradients(mine, ours_of(mine, images), weights))
         runs.append(gradients(truth, [theirs_of(truth, image) for image in images], weights))
         assert runs[0].keys() == runs[2].keys()
