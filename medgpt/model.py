@@ -4,6 +4,7 @@ B rows of S tokens, N tiles or native images, V image tokens, H hidden of gpt-os
 """
 
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -291,7 +292,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def generate(self, *args, **kwargs):
@@ -334,7 +335,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             places = np.concatenate(
                 [
                     np.tile(np.arange(start, end), expand_size)
-                    for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+                    for start, end in itertools.pairwise(bounds)
                 ]
             )
             pieces = pixels.split((3 * sizes.cpu().long().prod(1)).tolist())
