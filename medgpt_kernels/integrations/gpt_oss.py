@@ -27,7 +27,8 @@ class RotaryTables:
 
     def __init__(self, config):
         self.max_seqlen = config.max_position_embeddings
-        self.on_device = {torch.device("cpu"): rotary_from_config(config, self.max_seqlen)}
+        with torch.device("cpu"):  # from_pretrained makes models on the meta device
+            self.on_device = {torch.device("cpu"): rotary_from_config(config, self.max_seqlen)}
 
     def on(self, device: torch.device, max_seqlen: int) -> Rotary:
         """The tables on a device. Raises ValueError where they are too short for a sequence."""
