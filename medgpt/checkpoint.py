@@ -231,6 +231,10 @@ def _write(
     """Weights, tokenizer, processor and, last, the config without which nothing loads them."""
     if experts not in (None, "packed", "dense"):
         refuse('experts "packed" or "dense"', repr(experts), op)
+    words = config.text_config.vocab_size
+    for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
+        if not 0 <= getattr(config, name) < words:
+            refuse(f"{name} below {words}, the vocabulary's size", getattr(config, name), op)
     packed = experts == "packed" if experts else is_packed(config)
     tensors = plan(parts, packed, dtype, op)
     if seed is not None:

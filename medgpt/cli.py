@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[name] = "1"
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nmedgpt: stopped", file=sys.stderr)
         return 130
@@ -153,9 +154,12 @@ def _convert(args) -> None:
 def load(args):
     """(model, processor) of the directory that a command names."""
     import torch
+    from transformers.utils import logging
 
     from medgpt import checkpoint
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
 
@@ -228,7 +232,7 @@ def _info(args) -> None:
         print(json.dumps({"research_use_only": NOTICE, **found}, indent=2))
         return
     for name, value in found.items():
-        print(f"{name:<20}{value}")
+        print(f"{name:<26}{value}")
 
 
 if __name__ == "__main__":

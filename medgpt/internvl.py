@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import CLIPVisionConfig, GptOssConfig, Siglip2VisionConfig
 
-from medgpt.config import MedGPTConfig, MedGPTVisionConfig
+from medgpt.config import IMAGENET_MEAN, IMAGENET_STD, MedGPTConfig, MedGPTVisionConfig
 from medgpt_kernels.integrations import refuse
 
 _PREFIXES = {
@@ -110,7 +110,7 @@ def config_from_internvl(directory: Path, op: str) -> MedGPTConfig:
         use_thumbnail=raw.get("use_thumbnail", False),
         downsample_ratio=raw.get("downsample_ratio", 0.5),
         vision_feature_layer=raw.get("select_layer", -1),
-        **_image_tokens(directory, op),
+        **_image_tokens(directory, raw, op),
     )
     published = raw.get("quantization_config") or text.get("quantization_config")
     if published is not None:
@@ -118,8 +118,8 @@ def config_from_internvl(directory: Path, op: str) -> MedGPTConfig:
     return config
 
 
-def _image_tokens(directory: Path, op: str) -> dict[str, int]:
-    """The ids that InternVL's tokenizer gave to its image tokens; ours where it has none."""
+def _image_tokens(directory: Path, raw: dict, op: str) -> dict[str, int]:
+    """The ids that InternVL's tokenizer gave to its image tokens, else those of export_internvl."""
     ids = {}
     if (directory / "tokenizer.json").is_file():
         added = json.loads((directory / "tokenizer.json").read_text()).get("added_tokens", [])
@@ -129,18 +129,20 @@ def _image_tokens(directory: Path, op: str) -> dict[str, int]:
     found = {field: ids[token] for field, token in _TOKENS.items() if token in ids}
     if found and len(found) < len(_TOKENS):
         refuse(f"tokens {', '.join(_TOKENS.values())}", f"only {len(found)} in {directory}", op)
-    return found
+    return found or {field: raw[field] for field in _TOKENS if field in raw}
 
 
 def config_to_internvl(config: MedGPTConfig) -> dict:
     """InternVL's config.json, with transformers' CLIP as the vision tower.
 
     Raises:
-        ValueError: native resolution or a tower other than CLIP's, which InternVL has not.
+        ValueError: what InternVL has not: native resolution, another tower than CLIP's, other means.
     """
     vision = config.vision_config
     if config.vision_mode != "tiles" or not vision.class_token:
         refuse("tiles and CLIP's tower", config.vision_mode, "export_internvl")
+    if (tuple(config.image_mean), tuple(config.image_std)) != (IMAGENET_MEAN, IMAGENET_STD):
+        refuse("ImageNet's mean and std", config.image_mean, "export_internvl")
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared += ("patch_size", "image_size", "hidden_act", "layer_norm_eps")
     tower = CLIPVisionConfig(**{name: getattr(vision, name) for name in shared}).to_dict()
@@ -161,4 +163,5 @@ def config_to_internvl(config: MedGPTConfig) -> dict:
         "ps_version": "v2",
         "pad2square": False,
         "tie_word_embeddings": False,
+        **{field: getattr(config, field) for field in _TOKENS},
     } | ({} if quantized is None else {"quantization_config": quantized})

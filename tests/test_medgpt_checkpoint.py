@@ -13,9 +13,10 @@ import time
 import pytest
 import torch
 import transformers
+from medgpt_parts import IMAGE_IDS, byte_tokenizer, clip, gpt_oss, publish, siglip2
 from safetensors.torch import load_file, save_file
-from test_transformers import language_model, tokens
-from test_transformers_moe import PACKABLE, dequantised, hold_logits, tensors_in, write_checkpoint
+from test_transformers import tokens
+from test_transformers_moe import dequantised, hold_logits, tensors_in
 
 from medgpt import checkpoint, internvl, shards
 from medgpt.config import MedGPTVisionConfig
@@ -24,36 +25,7 @@ from medgpt_kernels.integrations.packed import PackedExperts
 from medgpt_kernels.mxfp4.op import Mxfp4Tensor
 from medgpt_kernels.testing import ToleranceError, assert_close
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-IDS = {"image_token_id": 61, "image_start_token_id": 62, "image_end_token_id": 63}
-QUIET = {"progress": False, **IDS}
-
-
-def clip(whole: bool = True):
-    vision = transformers.CLIPVisionConfig(**SIZES, image_size=56, patch_size=14)
-    torch.manual_seed(1)
-    if not whole:
-        return transformers.CLIPVisionModel._from_config(vision, attn_implementation="eager").eval()
-    text = transformers.CLIPTextConfig(**SIZES, vocab_size=50, max_position_embeddings=8)
-    config = transformers.CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
-    )
-    return transformers.CLIPModel._from_config(config, attn_implementation="eager").eval()
-
-
-def siglip2():
-    vision = transformers.Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=14)
-    text = transformers.Siglip2TextConfig(**SIZES, vocab_size=50, max_position_embeddings=8)
-    config = transformers.Siglip2Config(text_config=text.to_dict(), vision_config=vision.to_dict())
-    torch.manual_seed(1)
-    return transformers.Siglip2Model._from_config(config, attn_implementation="eager").eval()
-
-
+QUIET = {"progress": False, **IMAGE_IDS}
 VISION = {"clip": clip, "clip vision": lambda: clip(whole=False), "siglip2": siglip2}
 
 
@@ -70,8 +42,8 @@ def rename_tensors(directory, change):
 @pytest.fixture
 def parts(tmp_path):
     """A published gpt-oss and a CLIP in tmp_path; (eager gpt-oss, its packed tensors, CLIP)."""
-    eager, vision = language_model("gpt_oss", **PACKABLE), clip()
-    packed = write_checkpoint(tmp_path / "gpt-oss", eager)
+    eager, vision = gpt_oss(), clip()
+    packed = publish(tmp_path / "gpt-oss", eager)
     vision.save_pretrained(tmp_path / "clip")
     return eager, packed, vision
 
@@ -147,6 +119,8 @@ def test_composed_model_is_its_parts(tmp_path, parts, kind):
         assert torch.equal(state[own], value.to(state[own].dtype)), own
     hold_tower(model, as_saved(vision))
     hold_logits(model, dequantised(eager, packed).eval(), text_logits)
+    source = tmp_path / "gpt-oss" / "tokenizer.json"
+    assert (tmp_path / "medgpt" / "tokenizer.json").read_bytes() == source.read_bytes()
     config = model.config
     assert config.vision_mode == ("native" if kind == "siglip2" else "tiles")
     assert (config.image_mean[0] == 0.5) == (kind == "siglip2")
@@ -172,7 +146,7 @@ def test_notices_swapped_names(tmp_path, parts, part, swap):
             if isinstance(module, norms):
                 torch.nn.init.normal_(module.weight, mean=1.0)
         vision.save_pretrained(tmp_path / "clip")
-        packed = write_checkpoint(tmp_path / "gpt-oss 2", eager)
+        packed = publish(tmp_path / "gpt-oss 2", eager)
         (tmp_path / "gpt-oss").rename(tmp_path / "old")
         (tmp_path / "gpt-oss 2").rename(tmp_path / "gpt-oss")
     rename_tensors(tmp_path / ("clip" if part == "vision" else "gpt-oss"), swapped)
@@ -209,6 +183,7 @@ def test_dense_language_model_stays_or_is_packed(tmp_path, parts):
     eager, packed, _ = parts
     dense = dequantised(eager, packed).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
     both = [tmp_path / "dense", tmp_path / "clip"]
     as_is = checkpoint.compose(*both, tmp_path / "a", **QUIET)
     assert not any(n.endswith("_blocks") for n in tensors_in(as_is))
@@ -263,8 +238,8 @@ def test_loaded_and_saved_again_is_the_same(tmp_path, parts):
     assert configs[0] == configs[1]
     assert configs[0]["quantization_config"]["quant_method"] == "mxfp4"
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [200002, 200012]
-    assert generation["pad_token_id"] == 199999
+    assert generation["eos_token_id"] == [258, 264]  # return and call, the tokenizer's own
+    assert generation["pad_token_id"] == 257
 
 
 def test_published_config_survives(tmp_path, parts):
@@ -389,6 +364,7 @@ def peak_of(*arguments) -> int:
 def memory_of(tmp_path, kind: str, layers: int, experts: int, vocabulary: int) -> int:
     source = tmp_path / f"gpt-oss {layers} {experts}"
     sparse_gpt_oss(source, layers, experts, vocabulary)
+    byte_tokenizer().save_pretrained(source)
     peak = peak_of(source, tmp_path / "clip", tmp_path / "out", kind)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == layers
@@ -422,7 +398,7 @@ def test_memory_of_the_20b_shape(tmp_path, capsys):
 @pytest.fixture
 def released(tmp_path):
     """A directory as InternVL writes it, made of real modules; (gpt-oss, CLIP, mlp1)."""
-    text, vision = language_model("gpt_oss", **PACKABLE).eval(), clip(whole=False)
+    text, vision = gpt_oss().eval(), clip(whole=False)
     torch.manual_seed(2)
     mlp1 = torch.nn.Sequential(
         torch.nn.LayerNorm(256), torch.nn.Linear(256, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)
@@ -433,17 +409,7 @@ def released(tmp_path):
     directory = tmp_path / "internvl"
     directory.mkdir()
     save_file({n: t.contiguous() for n, t in state.items()}, directory / "model.safetensors")
-    (directory / "tokenizer.json").write_text(
-        json.dumps(
-            {
-                "added_tokens": [
-                    {"content": "<img>", "id": 50},
-                    {"content": "</img>", "id": 51},
-                    {"content": "<IMG_CONTEXT>", "id": 52},
-                ]
-            }
-        )
-    )
+    byte_tokenizer("<img>", "</img>", "<IMG_CONTEXT>").save_pretrained(directory)
     config = {
         "model_type": "internvl_chat",
         "architectures": ["InternVLChatModel"],
@@ -483,7 +449,7 @@ def test_internvl_converted(tmp_path, released):
     assert config.use_thumbnail
     assert config.tie_word_embeddings is False
     ids = (config.image_start_token_id, config.image_end_token_id, config.image_token_id)
-    assert ids == (50, 51, 52)
+    assert ids == (303, 304, 305)
     hold_logits(model, text, text_logits)
     hold_tower(model, vision)
     mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
@@ -504,7 +470,6 @@ def test_internvl_and_back(tmp_path, released):
     """Names, bytes and the meaning of the config survive; experts packed on the way."""
     out = convert(tmp_path, experts="packed", dtype=torch.bfloat16, max_shard_size="60KB")
     back = checkpoint.export_internvl(out, tmp_path / "back", progress=False)
-    shutil.copyfile(tmp_path / "internvl/tokenizer.json", back / "tokenizer.json")
     again = checkpoint.convert_internvl(back, tmp_path / "again", progress=False)
     first, second = tensors_in(out), tensors_in(again)
     assert first.keys() == second.keys()
@@ -689,6 +654,7 @@ def test_out_dir_keeps_what_it_holds(tmp_path, parts):
 def test_killed_run_leaves_nothing_that_loads(tmp_path):
     clip().save_pretrained(tmp_path / "clip")
     sparse_gpt_oss(tmp_path / "gpt-oss", 4, 8, 1000)
+    byte_tokenizer().save_pretrained(tmp_path / "gpt-oss")
     command = [sys.executable, "-c", MEMORY, "gpt-oss", "clip", "out", "packed"]
     run = subprocess.Popen(command, cwd=tmp_path)
     deadline = time.monotonic() + 60
