@@ -136,7 +136,7 @@ def config_to_internvl(config: MedGPTConfig) -> dict:
     """InternVL's config.json, with transformers' CLIP as the vision tower.
 
     Raises:
-        ValueError: what InternVL has not: native resolution, another tower than CLIP's, other means.
+        ValueError: what InternVL has not: native resolution, other towers than CLIP's, other means.
     """
     vision = config.vision_config
     if config.vision_mode != "tiles" or not vision.class_token:

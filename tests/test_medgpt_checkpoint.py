@@ -308,10 +308,11 @@ import torch
 from medgpt import checkpoint
 out, experts = sys.argv[3:5]
 torch.set_num_threads(1)
-checkpoint.compose(sys.argv[1], sys.argv[2], out, experts=experts, progress=False)
+ids = {"image_token_id": 9, "image_start_token_id": 8, "image_end_token_id": 7}
+checkpoint.compose(sys.argv[1], sys.argv[2], out, experts=experts, progress=False, **ids)
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
-        print(int(line.split()[1]) * 1024)
+        print(int(line.split()[1]) * 1024)  # kB
 """
 
 
