@@ -132,10 +132,9 @@ def _integer(data, keyword: str, default: int | None = None) -> int:
     value = data.get(keyword)
     if value in (None, "") and default is not None:
         return default
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ImageError(f"an integer as {keyword}", "none") from None
+    if not isinstance(value, int):  # pydicom's integer strings are ints too
+        raise ImageError(f"an integer as {keyword}", "none")
+    return int(value)
 
 
 def check_size(data, frame: int) -> str:

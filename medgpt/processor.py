@@ -6,7 +6,7 @@ Dims: B rows, S tokens, N tiles (or native images), H W of each.
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 
 from .chat import ImageIds, image_parts, parse, render
 from .config import SYSTEM_PROMPT, MedGPTConfig
@@ -238,4 +238,5 @@ def _by_row(images, counts: list[int]) -> list:
     return list(images)
 
 
+AutoConfig.register("medgpt", MedGPTConfig, exist_ok=True)
 AutoProcessor.register(MedGPTConfig, MedGPTProcessor, exist_ok=True)
