@@ -264,12 +264,16 @@ def write_files(
         made.chat_template = None  # MedGPTProcessor's own has places for images
     else:
         tokenizer, made = None, harmony_tokenizer()
-    MedGPTProcessor.from_config(config, made).save_pretrained(out)
+    processor = MedGPTProcessor.from_config(config, made)
+    processor.save_pretrained(out)
     if tokenizer is not None:
         shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
     first, *stops = made.convert_tokens_to_ids(["<|startoftext|>", "<|return|>", "<|call|>"])
     GenerationConfig(
-        bos_token_id=first, eos_token_id=stops, pad_token_id=made.pad_token_id
+        bos_token_id=first,
+        eos_token_id=stops,
+        pad_token_id=made.pad_token_id,
+        suppress_tokens=list(processor.image_ids),  # written by a model they stand for no image
     ).save_pretrained(out)
     config.architectures = ["MedGPTForConditionalGeneration"]
     for part in (config, config.text_config, config.vision_config):

@@ -88,6 +88,7 @@ def generate(
             do_sample=sampled,
             eos_token_id=tokenizer.convert_tokens_to_ids(list(STOPS)),
             pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=list(processor.image_ids),
             streamer=streamer,
             **choices,
         )

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from test_transformers import language_model
@@ -14,6 +15,16 @@ from test_transformers_moe import PACKABLE, write_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from medgpt.checkpoint import compose, load
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 SIZES = {
     "hidden_size": 64,
@@ -47,7 +58,8 @@ def byte_tokenizer(*more: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def gpt_oss(vocab_size: int = VOCABULARY):
-    return language_model("gpt_oss", **PACKABLE, vocab_size=vocab_size)
+    sizes = {**PACKABLE, "max_position_embeddings": 1024}
+    return language_model("gpt_oss", **sizes, vocab_size=vocab_size)
 
 
 def publish(directory, model) -> dict[str, torch.Tensor]:
@@ -102,7 +114,8 @@ def chat(*texts: str, image=None) -> list[dict]:
 @functools.cache
 def trained_checkpoint() -> Path:
     """A composed MedGPT, its experts packed, that answers QUESTION with THOUGHT and ANSWER."""
-    root = Path(tempfile.mkdtemp())
+    root, threads = Path(tempfile.mkdtemp()), torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is too small to share out
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     publish(root / "gpt-oss", gpt_oss())
     clip().save_pretrained(root / "clip")
@@ -133,4 +146,5 @@ def trained_checkpoint() -> Path:
             break
     model.eval().save_pretrained(root / "trained")
     processor.save_pretrained(root / "trained")
+    torch.set_num_threads(threads)
     return root / "trained"

@@ -13,7 +13,15 @@ import time
 import pytest
 import torch
 import transformers
-from medgpt_parts import IMAGE_IDS, byte_tokenizer, clip, gpt_oss, publish, siglip2
+from medgpt_parts import (
+    IMAGE_IDS,
+    byte_tokenizer,
+    clip,
+    gpt_oss,
+    one_thread,  # noqa: F401
+    publish,
+    siglip2,
+)
 from safetensors.torch import load_file, save_file
 from test_transformers import tokens
 from test_transformers_moe import dequantised, hold_logits, tensors_in

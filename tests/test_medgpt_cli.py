@@ -10,7 +10,16 @@ import time
 
 import pytest
 import torch
-from medgpt_parts import ANSWER, QUESTION, THOUGHT, clip, gpt_oss, picture, trained_checkpoint
+from medgpt_parts import (
+    ANSWER,
+    QUESTION,
+    THOUGHT,
+    clip,
+    gpt_oss,
+    one_thread,  # noqa: F401
+    picture,
+    trained_checkpoint,
+)
 from PIL import Image
 from pydicom.data import get_testdata_file
 from safetensors.torch import load_file
@@ -29,6 +38,7 @@ from medgpt.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1"}
 
 
 def medgpt(*arguments, stdin: str = "", fails: int = 0) -> subprocess.CompletedProcess:

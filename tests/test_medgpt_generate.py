@@ -1,10 +1,20 @@
 """Answers, their channels, streams, seeds and metadata, from a model that learnt one by heart."""
 
+import copy
 import json
 
 import pytest
 import torch
-from medgpt_parts import ANSWER, QUESTION, THOUGHT, byte_tokenizer, chat, trained_checkpoint
+from medgpt_parts import (
+    ANSWER,
+    IMAGE_IDS,
+    QUESTION,
+    THOUGHT,
+    byte_tokenizer,
+    chat,
+    one_thread,  # noqa: F401
+    trained_checkpoint,
+)
 
 from medgpt import NOTICE
 from medgpt.checkpoint import load
@@ -114,6 +124,19 @@ def test_sampling_by_its_seed(loaded):
     assert narrow["analysis"] == greedy["analysis"]
 
 
+def test_no_image_token_is_ever_written(loaded):
+    """Not by a head that wants nothing else: it would stand for an image that is not there."""
+    model = copy.deepcopy(loaded[0])
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE_IDS["image_token_id"]] *= 1000
+    for temperature in (0.0, 5.0):
+        options = {"temperature": temperature, "seed": 0, "max_new_tokens": 8}
+        found = answer((model, loaded[1]), **options)
+        assert found["usage"]["completion_tokens"] == 8
+        assert "reserved_300" not in f"{found['unparsed']}"
+    assert model.generation_config.suppress_tokens == list(loaded[1].image_ids)
+
+
 def test_effort_and_history_reach_the_prompt(loaded):
     low, medium = (answer(loaded, reasoning_effort=e, max_new_tokens=1) for e in ("low", "medium"))
     tokens = [found["usage"]["prompt_tokens"] for found in (low, medium)]
@@ -134,7 +157,7 @@ def test_effort_and_history_reach_the_prompt(loaded):
         ({"top_p": 0.0}, "0 < top_p <= 1, got 0.0"),
         ({"top_p": 1.1}, "0 < top_p <= 1, got 1.1"),
         ({"seed": -1}, "a seed of at least 0, got -1"),
-        ({"max_new_tokens": 500}, r"at most 512 tokens in all, got \d+ \+ 500"),
+        ({"max_new_tokens": 900}, r"at most 1024 tokens in all, got \d+ \+ 900"),
         ({"reasoning_effort": "none"}, "reasoning_effort"),
     ],
 )
