@@ -135,6 +135,10 @@ def test_no_image_token_is_ever_written(loaded):
         assert found["usage"]["completion_tokens"] == 8
         assert "reserved_300" not in f"{found['unparsed']}"
     assert model.generation_config.suppress_tokens == list(loaded[1].image_ids)
+    inputs = loaded[1].apply_chat_template(chat(QUESTION), return_tensors="pt")
+    model.generation_config.suppress_tokens = None
+    with pytest.raises(ValueError, match="image tokens"):
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
 
 def test_effort_and_history_reach_the_prompt(loaded):
