@@ -90,9 +90,10 @@ class Chat:
             metadata = summary(result)
         except KeyboardInterrupt:
             metadata = "[research use only, stopped]"
+        finally:
+            self.images = []  # one that cannot be read is not asked about again
         print()
         print(metadata, file=sys.stderr)
-        self.images = []
         answer = {"role": "assistant", "content": "".join(said)}
         self.messages += [question, answer] if said else []
 

@@ -1,6 +1,7 @@
 """The command `medgpt`: make a checkpoint, look into it, ask it. It never uses a network."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -110,7 +111,18 @@ def _chat_parser(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=_chat)
 
 
+def beside_the_result():
+    """Standard output is the result's alone: what libraries print goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def _init(args) -> None:
+    with beside_the_result():
+        _make(args)
+    print(args.out)
+
+
+def _make(args) -> None:
     import torch
 
     from medgpt import checkpoint
@@ -130,10 +142,15 @@ def _init(args) -> None:
         checkpoint.compose(args.language, args.vision, args.out, experts=args.experts, **shared)
     else:
         raise ValueError("init needs --language and --vision, or --preset")
-    print(args.out)
 
 
 def _convert(args) -> None:
+    with beside_the_result():
+        _renamed(args)
+    print(args.out)
+
+
+def _renamed(args) -> None:
     import torch
 
     from medgpt import checkpoint
@@ -148,20 +165,20 @@ def _convert(args) -> None:
         checkpoint.convert_internvl(
             args.directory, args.out, experts=args.experts, dtype=dtype, **shared
         )
-    print(args.out)
 
 
 def load(args):
     """(model, processor) of the directory that a command names."""
-    import torch
-    from transformers.utils import logging
+    with beside_the_result():
+        import torch
+        from transformers.utils import logging
 
-    from medgpt import checkpoint
+        from medgpt import checkpoint
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
 
 
 def options(args) -> dict:
@@ -225,9 +242,10 @@ def _chat(args) -> None:
 
 
 def _info(args) -> None:
-    from medgpt.info import describe
+    with beside_the_result():
+        from medgpt.info import describe
 
-    found = describe(args.directory)
+        found = describe(args.directory)
     if args.json:
         print(json.dumps({"research_use_only": NOTICE, **found}, indent=2))
         return

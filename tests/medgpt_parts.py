@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_transformers import language_model
+from test_transformers import YARN, language_model
 from test_transformers_moe import PACKABLE, write_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -58,7 +58,8 @@ def byte_tokenizer(*more: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def gpt_oss(vocab_size: int = VOCABULARY):
-    sizes = {**PACKABLE, "max_position_embeddings": 1024}
+    rope = {**YARN, "original_max_position_embeddings": 32}
+    sizes = {**PACKABLE, "max_position_embeddings": 1024, "rope_parameters": rope}
     return language_model("gpt_oss", **sizes, vocab_size=vocab_size)
 
 

@@ -171,7 +171,14 @@ def test_generate_on_dicom_and_text(image):
 
 
 def test_chat(image):
-    lines = [f"{QUESTION} {image}", "/window lung", "/nonsense", "/image nowhere.png", "/reset"]
+    lines = [
+        f"{QUESTION} {image}",
+        "/window lung",
+        "/window",
+        "/nonsense",
+        "/image nowhere.png",
+        "/reset",
+    ]
     lines += [f"/image {image}", QUESTION, "/seed x", "/quit", "never read"]
     command = ["chat", trained_checkpoint(), "--dtype", "float32", "--max-new-tokens", 200]
     done = medgpt(*command, stdin="\n".join(lines))
