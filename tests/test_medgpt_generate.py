@@ -127,15 +127,17 @@ def test_sampling_by_its_seed(loaded):
 def test_no_image_token_is_ever_written(loaded):
     """Not by a head that wants nothing else: it would stand for an image that is not there."""
     model = copy.deepcopy(loaded[0])
+    inputs = loaded[1].apply_chat_template(chat(QUESTION), return_tensors="pt")
+    inputs.pop("tiles_per_image")
     with torch.no_grad():
-        model.lm_head.weight[IMAGE_IDS["image_token_id"]] *= 1000
+        wanted = model.model(**inputs, use_cache=False).last_hidden_state[0, -1]
+        model.lm_head.weight[IMAGE_IDS["image_token_id"]] = 100 * wanted
     for temperature in (0.0, 5.0):
         options = {"temperature": temperature, "seed": 0, "max_new_tokens": 8}
         found = answer((model, loaded[1]), **options)
         assert found["usage"]["completion_tokens"] == 8
         assert "reserved_300" not in f"{found['unparsed']}"
     assert model.generation_config.suppress_tokens == list(loaded[1].image_ids)
-    inputs = loaded[1].apply_chat_template(chat(QUESTION), return_tensors="pt")
     model.generation_config.suppress_tokens = None
     with pytest.raises(ValueError, match="image tokens"):
         model.generate(**inputs, max_new_tokens=8, do_sample=False)
