@@ -154,7 +154,9 @@ def test_a_minute_of_training_makes_it_look():
     assert len(found) == 40
     pictures = [picture for picture, _ in found]
     questions = [
-        (n, kind, a) for n, (_, answers) in enumerate(found) for kind, a in answers.items()
+        (n, kind, answer)
+        for n, (_, answers) in enumerate(found)
+        for kind, answer in answers.items()
     ]
     for kind in QUESTIONS:  # no answer is a good guess
         given = [answer for _, k, answer in questions if k == kind]
