@@ -18,10 +18,11 @@ from material import DICOM_FILES, SKIMAGE_FILES, _package_folder
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomFileLike
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit
 
 from medgpt import images
 from medgpt.images import CT_WINDOWS, ImageError, load_image
@@ -521,6 +522,25 @@ def test_bombs_are_refused_before_they_are_decoded():
         with pytest.raises(ValueError, match="load_image: expected"):
             load_image(png_of_size(*size))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize(
+    ("format", "syntax"), [("JPEG2000", JPEG2000Lossless), ("JPEG", JPEGBaseline8Bit)]
+)
+def test_codestreams_larger_than_their_header_are_not_decoded(format, syntax):
+    data = dataset("MR_small.dcm")
+    data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+    data.PixelRepresentation = 0
+    data.file_meta.TransferSyntaxUID = syntax
+    for side in (64, 4000):
+        file = io.BytesIO()
+        Image.new("L", (side, side), 7).save(file, format)
+        data.PixelData = encapsulate([file.getvalue()])
+        data["PixelData"].VR = "OB"
+        if side == 64:
+            assert load_image(data).shape == (64, 64, 3)
+    with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 4000x4000"):
+        load_image(data)
 
 
 # Bad input
