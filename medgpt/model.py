@@ -307,6 +307,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             and self.config._attn_implementation == kernels.NAME
         ):
             kwargs[CACHE] = PagedCache(self.config.text_config)
+        kwargs.pop("tiles_per_image", None)  # what processors give beside what the model takes
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
@@ -316,7 +317,8 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         inputs.pop("tiles_per_image", None)
         inputs.pop("pixel_values", None)
         inputs.pop("image_sizes", None)
-        if pixels is None or inputs.get("input_ids") is None:
+        first = kwargs.get("is_first_iteration", False)  # later ids are the model's own
+        if pixels is None or not first or inputs.get("input_ids") is None:
             return inputs
         wanted = int((inputs["input_ids"] == self.config.image_token_id).sum())
         if wanted:

@@ -458,6 +458,17 @@ def test_next_turn_with_the_same_pages_and_a_new_image():
     assert found[0, len(ids) :].tolist() == greedy_one_by_one(model, [both], 12)[0]
 
 
+def test_generates_on_past_an_image_token_of_its_own():
+    model, docs = medgpt().eval(), documents()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[TOKEN] = 1.0
+        model.lm_head.weight[TOKEN - 1] = -1.0
+    inputs = {**batch_of(docs), "tiles_per_image": torch.tensor([1, 1, 1, 1])}
+    found = model.generate(**inputs, **GENERATE)[:, -12:]
+    assert found.eq(TOKEN).any()
+
+
 # Negative controls
 
 
