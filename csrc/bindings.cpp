@@ -365,10 +365,10 @@ void bind_routing(py::module_& m, py::class_<CpuKernels>& cpu) {
 void bind_linear(py::class_<CpuKernels>& cpu) {
   cpu.def(
       "linear",
-      [](const CpuKernels& kernels, int64_t tokens, int64_t in, int64_t out, Address x,
+      [](const CpuKernels& kernels, int dtype, int64_t tokens, int64_t in, int64_t out, Address x,
          Address weight, Address bias, Address y) {
         kernels.linear(
-            {tokens, in, out, at<void>(x), at<void>(weight), at<void>(bias), at<void>(y)});
+            {static_cast<DType>(dtype), tokens, in, out, at<void>(x), at<void>(weight), at<void>(bias), at<void>(y)});
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -328,23 +328,25 @@ PyObject* decode_attention(PyObject* const* a, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (x [B, S, K], weight [N, K], bias [N] or None), bf16, at most kLinearTokens rows: F.linear's [y].
+// (x [B, S, K], weight [N, K], bias [N] or None), fp32 or bf16, at most kLinearTokens rows:
+// F.linear's [y].
 PyObject* linear(PyObject* const* a, Py_ssize_t count) {
-  constexpr int kBF16 = static_cast<int>(DType::kBF16);
   Tensor x, weight, bias;
   if (torch == nullptr || count != 3 || !is_plain()) return no_answer();
   if (!read_tensor(a[0], 3, &x) || !read_tensor(a[1], 2, &weight) || !read_if_there(a[2], 1, &bias))
     return no_answer();
   int64_t tokens = x.size[0] * x.size[1], in = x.size[2], out = weight.size[0];
-  if (x.dtype != kBF16 || tokens > kLinearTokens || !x.contiguous() || !weight.is(kBF16, out, in) ||
+  auto dtype = static_cast<DType>(x.dtype);
+  if (dtype != DType::kF32 && dtype != DType::kBF16) return no_answer();
+  if (tokens > kLinearTokens || !x.contiguous() || !weight.is(x.dtype, out, in) ||
       !weight.contiguous())
     return no_answer();
-  if (bias.data != nullptr && (!bias.is(kBF16, out) || !bias.contiguous())) return no_answer();
+  if (bias.data != nullptr && (!bias.is(x.dtype, out) || !bias.contiguous())) return no_answer();
   Outputs outputs;
-  void* y = outputs.add<void>(kBF16, x.size[0], x.size[1], out);
+  void* y = outputs.add<void>(x.dtype, x.size[0], x.size[1], out);
   {
     py::gil_scoped_release unlocked;
-    torch->kernels->linear({tokens, in, out, x.data, weight.data, bias.data, y});
+    torch->kernels->linear({dtype, tokens, in, out, x.data, weight.data, bias.data, y});
   }
   return outputs.take();
 }

@@ -299,19 +299,20 @@ def test_wrong_numbers_of_arguments_go_the_long_way():
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("shape", [(37, 83), (8, 32), (1, 1), (33, 64), (300, 2880)])
-def test_linear_on_every_instruction_set(tokens, shape):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_on_every_instruction_set(tokens, shape, dtype):
     out, width = shape
     g = torch.Generator().manual_seed(0)
     shapes = ((tokens, width), (out, width), (out,))
-    x, weight, bias = (torch.randn(s, generator=g).bfloat16() for s in shapes)
+    x, weight, bias = (torch.randn(s, generator=g).to(dtype) for s in shapes)
     linear = torch.nn.functional.linear
     for b in (bias, None):
         wide = None if b is None else b.double()
         eager, truth = linear(x, weight, b), linear(x.double(), weight.double(), wide)
         for isa in native.supported_isas():
-            y = torch.full((tokens, out), float("nan"), dtype=torch.bfloat16)
+            y = torch.full((tokens, out), float("nan"), dtype=dtype)
             pointers = map(native.pointer, (x, weight, b, y))
-            native.cpu_library(isa).linear(tokens, width, out, *pointers)
+            native.cpu_library(isa).linear(native.DTYPES[dtype], tokens, width, out, *pointers)
             testing.assert_close(y, eager, truth, name=isa)
 
 
@@ -326,8 +327,9 @@ def test_linear_check_notices_a_dropped_bias():
 
 
 @torch.no_grad()
-def test_linear_does_not_depend_on_the_rows_beside():
-    x, weight, bias = linear_call(16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_does_not_depend_on_the_rows_beside(dtype):
+    x, weight, bias = linear_call(16, dtype)
     (whole,) = short("linear", [x, weight, bias])
     for t in (1, 2, 3, 7):
         assert torch.equal(short("linear", [x[:, :t].contiguous(), weight, bias])[0], whole[:, :t])
@@ -338,7 +340,8 @@ def test_linear_leaves_the_rest():
     x, weight, bias = linear_call(16)
     for arguments in (
         linear_call(17),
-        linear_call(dtype=torch.float32),
+        linear_call(dtype=torch.float16),
+        linear_call(dtype=torch.float64),
         [x[0], weight, bias],
         [x.repeat_interleave(2, -1)[..., ::2], weight, bias],
         [x, weight.t().contiguous().t(), bias],
@@ -349,14 +352,15 @@ def test_linear_leaves_the_rest():
         assert short("linear", arguments) is None
 
 
-def test_few_rows_linear_has_gradients():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_rows_linear_has_gradients(dtype):
     pytest.importorskip("transformers")
     from medgpt_kernels.integrations.gpt_oss import FewRowsLinear
 
-    layer = FewRowsLinear(83, 37, dtype=torch.bfloat16)
-    same = torch.nn.Linear(83, 37, dtype=torch.bfloat16)
+    layer = FewRowsLinear(83, 37, dtype=dtype)
+    same = torch.nn.Linear(83, 37, dtype=dtype)
     same.load_state_dict(layer.state_dict())
-    x = linear_call(3)[0]
+    x = linear_call(3, dtype)[0]
     grads = [
         torch.autograd.grad(m(x).float().square().sum(), list(m.parameters()))
         for m in (layer, same)

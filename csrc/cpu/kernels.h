@@ -176,6 +176,7 @@ void routing_logits_bwd(const RoutingProblem&, const RoutingBackward&, float* d_
 // y [T, N] = x [T, K] weight [N, K]^T + bias [N] (null: none), for few tokens; all contiguous, in
 // one dtype, summed in fp32
 struct Linear {
+  DType dtype;  // not fp16
   int64_t tokens, in, out;
   const void *x, *weight, *bias;
   void* y;

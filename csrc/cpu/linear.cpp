@@ -1,4 +1,4 @@
-// y = x weight^T + bias for a few rows of bf16: bound by reading the weight, once.
+// y = x weight^T + bias for a few rows: bound by reading the weight, once.
 //
 // T rows, K inputs, N outputs.
 #include <omp.h>
@@ -16,12 +16,13 @@ constexpr int kTokens = kLanes > 8 ? 4 : 2;  // times 4 outputs: half the regist
 constexpr int kRowColumns = 8;  // of a single row: as many sums as hide the latency of one
 
 // sums [tokens][kUnit] of outputs [n, end)
+template <typename T>
 void products(const Linear& p, int64_t n, int64_t end, float* sums) {
-  const bf16 *x = static_cast<const bf16*>(p.x), *weight = static_cast<const bf16*>(p.weight);
+  const T *x = static_cast<const T*>(p.x), *weight = static_cast<const T*>(p.weight);
   auto tile = [&](auto rows, auto columns, int64_t t) {
     constexpr int kM = decltype(rows)::value, kN = decltype(columns)::value;
-    const bf16* row = weight + n * p.in;
-    Ahead<bf16> ahead;
+    const T* row = weight + n * p.in;
+    Ahead<T> ahead;
     if (t == 0 && p.tokens > 1 && n + 2 * kN <= p.out) ahead = {row + kN * p.in, p.in, kN};
     dot_tile<kM, kN>(x + t * p.in, p.in, row, p.in, p.in, sums + t * kUnit, kUnit, ahead);
   };
@@ -44,23 +45,31 @@ void products(const Linear& p, int64_t n, int64_t end, float* sums) {
   }
 }
 
+template <typename T>
 void columns(const Linear& p, int64_t n, int64_t end) {
-  const bf16* bias = static_cast<const bf16*>(p.bias);
+  const T* bias = static_cast<const T*>(p.bias);
   Buffer<float> sums(p.tokens * kUnit);
   std::fill_n(sums.get(), p.tokens * kUnit, 0.0f);
-  products(p, n, end, sums.get());
+  products<T>(p, n, end, sums.get());
   for (int64_t t = 0; t < p.tokens; t++)
     for (int64_t i = n; i < end; i += kLanes) {
       int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
       vf sum = load(&sums[t * kUnit + i - n]);
       if (bias != nullptr) sum += load_partial(bias + i, count);
-      store_partial(static_cast<bf16*>(p.y) + t * p.out + i, sum, count);
+      store_partial(static_cast<T*>(p.y) + t * p.out + i, sum, count);
     }
 }
 }  // namespace
 
 void linear(const Linear& p) {
   int64_t units = (p.out + kUnit - 1) / kUnit;
+  auto run = [&](auto example) {
+    using T = decltype(example);
 #pragma omp parallel for schedule(dynamic) if (p.out * p.in > int64_t{1} << 18)
-  for (int64_t i = 0; i < units; i++) columns(p, i * kUnit, std::min((i + 1) * kUnit, p.out));
+    for (int64_t i = 0; i < units; i++) columns<T>(p, i * kUnit, std::min((i + 1) * kUnit, p.out));
+  };
+  if (p.dtype == DType::kF32)
+    run(float{});
+  else
+    run(bf16{});
 }

@@ -28,7 +28,8 @@ class RotaryTables:
 
     def __init__(self, config):
         self.max_seqlen = config.max_position_embeddings
-        self.on_device = {torch.device("cpu"): rotary_from_config(config, self.max_seqlen)}
+        with torch.device("cpu"):  # from_pretrained makes models on the meta device
+            self.on_device = {torch.device("cpu"): rotary_from_config(config, self.max_seqlen)}
 
     def on(self, device: torch.device, max_seqlen: int) -> Rotary:
         """The tables on a device. Raises ValueError where they are too short for a sequence."""
@@ -45,7 +46,7 @@ class RotaryTables:
 class FewRowsLinear(torch.nn.Linear):
     """nn.Linear that reads its weight as fast as memory gives it, for a decoding step's few rows.
 
-    Up to 16 rows of bf16 on the CPU without gradients take our kernel, all others torch's.
+    Up to 16 rows of fp32 or bf16 on the CPU without gradients take our kernel, all others torch's.
     """
 
     def forward(self, input):
