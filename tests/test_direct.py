@@ -312,7 +312,7 @@ def test_linear_on_every_instruction_set(tokens, shape, dtype):
         for isa in native.supported_isas():
             y = torch.full((tokens, out), float("nan"), dtype=dtype)
             pointers = map(native.pointer, (x, weight, b, y))
-            native.cpu_library(isa).linear(native.DTYPES[dtype], tokens, width, out, *pointers)
+            native.cpu_library(isa).linear(native.DTYPE_CODES[dtype], tokens, width, out, *pointers)
             testing.assert_close(y, eager, truth, name=isa)
 
 

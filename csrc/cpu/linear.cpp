@@ -13,6 +13,7 @@
 namespace {
 constexpr int64_t kUnit = 32;                // rows of the weight that a thread takes at a time
 constexpr int kTokens = kLanes > 8 ? 4 : 2;  // times 4 outputs: half the registers accumulate
+constexpr int64_t kRun = kLanes * 256;  // a lane's sums in a row: longer ones lose digits
 constexpr int kRowColumns = 8;  // of a single row: as many sums as hide the latency of one
 
 // sums [tokens][kUnit] of outputs [n, end)
@@ -23,8 +24,12 @@ void products(const Linear& p, int64_t n, int64_t end, float* sums) {
     constexpr int kM = decltype(rows)::value, kN = decltype(columns)::value;
     const T* row = weight + n * p.in;
     Ahead<T> ahead;
-    if (t == 0 && p.tokens > 1 && n + 2 * kN <= p.out) ahead = {row + kN * p.in, p.in, kN};
-    dot_tile<kM, kN>(x + t * p.in, p.in, row, p.in, p.in, sums + t * kUnit, kUnit, ahead);
+    bool further = t == 0 && p.tokens > 1 && n + 2 * kN <= p.out;
+    for (int64_t k = 0; k < p.in; k += kRun) {
+      if (further) ahead = {row + kN * p.in + k, p.in, kN};
+      dot_tile<kM, kN>(x + t * p.in + k, p.in, row + k, p.in, std::min(kRun, p.in - k),
+                       sums + t * kUnit, kUnit, ahead);
+    }
   };
   std::integral_constant<int, 1> one;
   std::integral_constant<int, 2> two;
