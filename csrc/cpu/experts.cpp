@@ -103,6 +103,7 @@ void forward(const Problem& p, const ExpertsForward& f) {
   });
 
   segments = {{floats(hidden.get(), p.intermediate), down(p)}};
+  if (sizeof(T) == 2) segments[0].a.bits = 16;  // of a 16-bit output they are enough
   if (p.down_a != nullptr) {
     plain_product(p, segments[0].a, low_rank(p, p.down_a, p.down_rank, p.intermediate),
                   p.lora_scaling, low.get());
