@@ -100,14 +100,15 @@ void few_outputs(const RowOf& row_of, int live, int64_t depth, const A* a, int64
 template <typename Row, typename RowOf, typename A>
 void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, const A* a,
               int64_t stride, float* c, int64_t c_stride, bool first) {
-  constexpr int kAlone = std::is_same_v<A, float> ? 1 : 4;  // floats: one stream of all rows
+  constexpr bool kFloats = std::is_same_v<A, float>;
+  constexpr int kAlone = kFloats ? 1 : 4, kMany = kFloats && kLanes == 16 ? 2 : 1;
   for (int64_t n = 0; n < count; n += kLanes) {
     int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
     auto at = [&](int i) { return row_of(n + i); };
     int64_t m = 0;
     for (; m + 8 <= rows; m += 8)
-      few_outputs<8, kLanes == 16 ? 2 : 1, Row>(at, live, depth, a + m * stride, stride,
-                                                c + m * c_stride + n, c_stride, first);
+      few_outputs<8, kMany, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
+                                 c_stride, first);
     for (; m + 4 <= rows; m += 4)
       few_outputs<4, 2, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
                              c_stride, first);

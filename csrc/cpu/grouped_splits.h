@@ -82,24 +82,36 @@ void dots_of_groups(const PackedRow (&w)[NB], int64_t depth, const Split<N>* a, 
   vf acc[MR][NB] = {};
   auto step = [&](int64_t at, auto&& codes_of, auto&& scales_of) {
     const Split<N>* group = a + at * 2;
+    __m512i codes[NB];
+    __m512 part[MR][NB];
 #pragma GCC unroll 4
     for (int i = 0; i < NB; i++) {
       ask_ahead(w[i].bytes + at + kAhead);
-      __m512i codes = codes_of(w[i].bytes + at);
-      vf scale = spread_scales<SPECIAL>(scales_of(w[i].scales + at / kBlockBytes));
-      __m512bh v[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++)
-        v[j] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), values);
+      codes[i] = codes_of(w[i].bytes + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        auto* x = reinterpret_cast<const uint16_t*>(group + m * stride);
-        __m512 part = _mm512_setzero_ps();
-#pragma GCC unroll 12
-        for (int j = 0; j < 4 * N; j++)
-          part = _mm512_dpbf16_ps(part, (__m512bh)_mm512_loadu_si512(x + 32 * j), v[j % 4]);
-        acc[m][i] += (vf)part * scale;
-      }
+      for (int m = 0; m < MR; m++) part[m][i] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      __m512bh v[NB];
+#pragma GCC unroll 4
+      for (int i = 0; i < NB; i++)
+        v[i] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[i], 4 * j), values);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+          auto* x = reinterpret_cast<const uint16_t*>(group + m * stride) + n * kGroup + j * 32;
+          auto pairs = (__m512bh)_mm512_loadu_si512(x);
+#pragma GCC unroll 4
+          for (int i = 0; i < NB; i++) part[m][i] = _mm512_dpbf16_ps(part[m][i], pairs, v[i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < NB; i++) {
+      vf scale = spread_scales<SPECIAL>(scales_of(w[i].scales + at / kBlockBytes));
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++) acc[m][i] += (vf)part[m][i] * scale;
     }
   };
   for (int i = 0; i < NB; i++)
