@@ -19,7 +19,7 @@ constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a til
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
 // With no more rows than these an expert's weights are multiplied as they stream by, not packed.
 constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
-constexpr int64_t kRuns = 12;  // of tiles, a thread
+constexpr int64_t kRuns = 4;  // of tiles, a thread
 
 struct Nothing {
   void operator()() const {}

@@ -77,7 +77,8 @@ inline void ask_ahead(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 template <int MR, int NB, bool SPECIAL, int N>
 void dots_of_groups(const PackedRow (&w)[NB], int64_t depth, const Split<N>* a, int64_t stride,
                     vf (*sums)[kLanes]) {
-  constexpr int64_t kAhead = 12 << 10, kScalesAhead = 4 << 10;
+  constexpr int64_t kScalesAhead = 4 << 10;
+  int64_t ahead = round_up(8 << 10, NB * depth / 2);
   const __m512i values = _mm512_load_si512(kBf16Values);
   vf acc[MR][NB] = {};
   auto step = [&](int64_t at, auto&& codes_of, auto&& scales_of) {
@@ -86,7 +87,7 @@ void dots_of_groups(const PackedRow (&w)[NB], int64_t depth, const Split<N>* a, 
     __m512 part[MR][NB];
 #pragma GCC unroll 4
     for (int i = 0; i < NB; i++) {
-      ask_ahead(w[i].bytes + at + kAhead);
+      ask_ahead(w[i].bytes + at + ahead);
       codes[i] = codes_of(w[i].bytes + at);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) part[m][i] = _mm512_setzero_ps();
