@@ -19,7 +19,7 @@ constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a til
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
 // With no more rows than these an expert's weights are multiplied as they stream by, not packed.
 constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
-constexpr int64_t kRuns = 4;  // of tiles, a thread
+constexpr int64_t kRuns = 8;  // of tiles, a thread
 
 struct Nothing {
   void operator()() const {}
@@ -125,7 +125,7 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
   int64_t tiles = (span + width - 1) / width, stride = width * (halves ? 2 : 1);
   int64_t tasks = static_cast<int64_t>(blocks.size()) * tiles;
   // Weights that stream by do so best in long runs.
-  bool runs = segments[0].b.scales != nullptr && most <= kFewRowsOfBlocks;
+  bool runs = segments[0].b.scales != nullptr && takes_few(segments[0].b, most);
   int64_t run = runs ? std::max<int64_t>(1, tasks / (kRuns * omp_get_max_threads())) : 1;
 #pragma omp parallel
   {

@@ -28,9 +28,9 @@ void arrange(float* line, int64_t width, Split<N>* out) {
           words[half] = n + 1 < N ? bit_cast<vu>(v) >> 16 : round_to_bf16(v);
           store(from, v == top ? vf{} : v - top);  // an infinity leaves nothing
         }
-        __m512i both = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)words[0])),
-            _mm512_cvtepi32_epi16((__m512i)words[1]), 1);
+        __m512i both =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)words[0])),
+                               _mm512_cvtepi32_epi16((__m512i)words[1]), 1);
         for (int j = 0; j < 4; j++)
           _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * 32 + i / 4),
                            _mm512_cvtepi64_epi16(_mm512_srli_epi64(both, 16 * j)));
