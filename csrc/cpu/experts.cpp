@@ -28,10 +28,19 @@ namespace {
 // Columns of a tile's bias, in the tile's places; zeros without one.
 template <typename T>
 void load_bias(const T* bias, const Tile& t, int64_t width, float* out) {
-  for (int part = 0; part < t.columns.parts; part++)
-    for (int64_t n = 0; n < t.columns.count; n++)
-      out[t.columns.at[part] + n] =
-          bias ? to_float(bias[t.expert * width + t.columns.begin[part] + n]) : 0.0f;
+  for (int part = 0; part < t.columns.parts; part++) {
+    int64_t count = t.columns.count;
+    float* to = out + t.columns.at[part];
+    if (bias == nullptr) {
+      std::fill_n(to, count, 0.0f);
+      continue;
+    }
+    const T* from = bias + t.expert * width + t.columns.begin[part];
+    int64_t n = 0;
+    for (; n + kLanes <= count; n += kLanes) store(to + n, load(from + n));
+    if (int rest = static_cast<int>(count - n); rest > 0)
+      store_partial(to + n, load_partial(from + n, rest), rest);
+  }
 }
 
 template <typename T>
@@ -103,6 +112,7 @@ void forward(const Problem& p, const ExpertsForward& f) {
   });
 
   segments = {{floats(hidden.get(), p.intermediate), down(p)}};
+  if (sizeof(T) == 2) segments[0].a.bits = 16;  // of a 16-bit output they are enough
   if (p.down_a != nullptr) {
     plain_product(p, segments[0].a, low_rank(p, p.down_a, p.down_rank, p.intermediate),
                   p.lora_scaling, low.get());

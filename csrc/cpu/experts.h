@@ -34,7 +34,8 @@ inline Stack low_rank(const Problem& p, const void* matrix, int64_t outputs, int
 }
 
 inline Rows typed(const void* data, DType dtype, int64_t width, const int32_t* index = nullptr) {
-  return {data, dtype, width, index, nullptr};
+  int bits = dtype == DType::kBF16 ? 8 : dtype == DType::kF16 ? 11 : 24;
+  return {data, dtype, width, index, nullptr, bits};
 }
 inline Rows floats(const float* data, int64_t width, const float* scale = nullptr) {
   return {data, DType::kF32, width, nullptr, scale};

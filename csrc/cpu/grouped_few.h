@@ -1,24 +1,19 @@
 // Few rows against one expert's weights: no packing, each weight is multiplied as it streams by.
 #pragma once
 
-#include "grouped_pack.h"
+#include "grouped_splits.h"
 
 namespace grouped {
-// Rows as they are, padded with zeros to `stride`; against blocks along k, each block's even
-// places come before its odd ones, as they leave the bytes.
-inline void copy_rows(const Rows& rows, int64_t row, int64_t count, bool in_blocks, int64_t stride,
-                      float* line, float* out) {
-  for (int64_t m = 0; m < count; m++) {
-    float* to = out + m * stride;
-    read_row(rows, row + m, 0, rows.width, in_blocks ? line : to);
-    if (in_blocks)
-      for (int64_t k = 0; k < rows.width; k += kBlock)
-        for (int i = 0; i < kBlockBytes; i++) {
-          to[k + i] = line[k + 2 * i];
-          to[k + kBlockBytes + i] = line[k + 2 * i + 1];
-        }
-    std::fill(to + rows.width, to + stride, 0.0f);
-  }
+// Of three splits; more rows are faster in floats.
+constexpr int64_t kFewFloats = 2;
+
+// Against floats: each block's even places come before its odd ones, as they leave the bytes.
+inline void arrange(float* line, int64_t width, float* out) {
+  for (int64_t k = 0; k < width; k += kBlock)
+    for (int i = 0; i < kBlockBytes; i++) {
+      out[k + i] = line[k + 2 * i];
+      out[k + kBlockBytes + i] = line[k + 2 * i + 1];
+    }
 }
 
 // sums[m][i] += weights of output i times row m, lane by lane; NB outputs share the rows' loads.
@@ -39,10 +34,6 @@ void dots(const T* const (&w)[NB], int64_t depth, const float* a, int64_t stride
   for (int m = 0; m < MR; m++)
     for (int i = 0; i < NB; i++) sums[m][i] = acc[m][i];
 }
-
-struct PackedRow {
-  const uint8_t *bytes, *scales;
-};
 
 template <int MR, int NB>
 void dots(const PackedRow (&w)[NB], int64_t depth, const float* a, int64_t stride,
@@ -81,9 +72,9 @@ void dots(const PackedRow (&w)[NB], int64_t depth, const float* a, int64_t strid
 }
 
 // c[m][0, kLanes) (+)= MR rows times kLanes outputs, whose weights `row_of` finds.
-template <int MR, int NB, typename Row, typename RowOf>
-void few_outputs(const RowOf& row_of, int live, int64_t depth, const float* a, int64_t stride,
-                 float* c, int64_t c_stride, bool first) {
+template <int MR, int NB, typename Row, typename RowOf, typename A>
+void few_outputs(const RowOf& row_of, int live, int64_t depth, const A* a, int64_t stride, float* c,
+                 int64_t c_stride, bool first) {
   vf sums[MR][kLanes];
   for (int i = 0; i < kLanes; i += NB) {
     Row w[NB];
@@ -106,16 +97,18 @@ void few_outputs(const RowOf& row_of, int live, int64_t depth, const float* a, i
   }
 }
 
-template <typename Row, typename RowOf>
-void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, const float* a,
+template <typename Row, typename RowOf, typename A>
+void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, const A* a,
               int64_t stride, float* c, int64_t c_stride, bool first) {
+  constexpr bool kFloats = std::is_same_v<A, float>;
+  constexpr int kAlone = kFloats ? 1 : 4, kMany = kFloats && kLanes == 16 ? 2 : 1;
   for (int64_t n = 0; n < count; n += kLanes) {
     int live = static_cast<int>(std::min<int64_t>(kLanes, count - n));
     auto at = [&](int i) { return row_of(n + i); };
     int64_t m = 0;
     for (; m + 8 <= rows; m += 8)
-      few_outputs<8, kLanes == 16 ? 2 : 1, Row>(at, live, depth, a + m * stride, stride,
-                                                c + m * c_stride + n, c_stride, first);
+      few_outputs<8, kMany, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
+                                 c_stride, first);
     for (; m + 4 <= rows; m += 4)
       few_outputs<4, 2, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
                              c_stride, first);
@@ -125,8 +118,8 @@ void few_rows(const RowOf& row_of, int64_t count, int64_t rows, int64_t depth, c
       m += 2;
     }
     if (m < rows)
-      few_outputs<1, 1, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
-                             c_stride, first);
+      few_outputs<1, kAlone, Row>(at, live, depth, a + m * stride, stride, c + m * c_stride + n,
+                                  c_stride, first);
   }
 }
 
@@ -157,9 +150,54 @@ void stream_rows(const T* w, int64_t ld, int64_t count, int64_t rows, const floa
   if (m < rows) add_rows<1, STEP>(w, ld, count, a + m * stride, stride, c + m * c_stride, c_stride);
 }
 
-inline void multiply_few(const Matrix& b, int64_t rows, const Columns& columns, const float* a,
-                         int64_t stride, float* c, int64_t c_stride, bool first) {
+// How many bf16 a value of these rows is the sum of, against blocks along k; 0: rows stay floats.
+inline int splits_of(const Rows& a, const Stack& b, int64_t rows) {
+#if defined(__AVX512BF16__)
+  if (b.scales == nullptr) return 0;
+  int splits = a.scale != nullptr ? 3 : (a.bits + 7) / 8;
+  return splits < 3 || rows <= kFewFloats ? splits : 0;
+#else
+  (void)a, (void)b, (void)rows;
+  return 0;
+#endif
+}
+
+// Calls run(rows) on memory of floats as what dots() takes from it.
+template <typename Run>
+void with_splits(int splits, float* a, const Run& run) {
+#if defined(__AVX512BF16__)
+  if (splits == 1) return run(reinterpret_cast<Split<1>*>(a));
+  if (splits == 2) return run(reinterpret_cast<Split<2>*>(a));
+  if (splits == 3) return run(reinterpret_cast<Split<3>*>(a));
+#endif
+  run(a);
+}
+
+// From one row to the next: elements of any kind, and floats of memory.
+inline int64_t few_stride(int64_t depth) { return round_up(depth, kGroup); }
+inline int64_t few_floats(int64_t depth) { return few_stride(depth) * 3 / 2; }
+
+// Rows as multiply_few() takes them, padded with zeros.
+inline void copy_rows(const Rows& rows, const Stack& b, int64_t row, int64_t count, float* line,
+                      float* out) {
+  int64_t stride = few_stride(rows.width);
+  std::fill(line + rows.width, line + stride, 0.0f);
+  with_splits(splits_of(rows, b, count), out, [&](auto* copied) {
+    for (int64_t m = 0; m < count; m++) {
+      read_row(rows, row + m, 0, rows.width, line);
+      if (b.scales != nullptr)
+        arrange(line, stride, copied + m * stride);
+      else
+        std::copy_n(line, stride, out + m * stride);
+    }
+  });
+}
+
+// c (+)= rows, as copy_rows() left them in `a`, times columns of b
+inline void multiply_few(const Rows& from, const Matrix& b, int64_t rows, const Columns& columns,
+                         float* a, float* c, int64_t c_stride, bool first) {
   const Stack& of = *b.of;
+  int64_t stride = few_stride(of.k);
   for (int part = 0; part < columns.parts; part++) {
     int64_t n0 = columns.begin[part], count = columns.count;
     float* to = c + columns.at[part];
@@ -169,7 +207,9 @@ inline void multiply_few(const Matrix& b, int64_t rows, const Columns& columns, 
         return PackedRow{static_cast<const uint8_t*>(b.data) + (n0 + n) * blocks * kBlockBytes,
                          b.scales + (n0 + n) * blocks};
       };
-      few_rows<PackedRow>(row_of, count, rows, of.k, a, stride, to, c_stride, first);
+      with_splits(splits_of(from, of, rows), a, [&](auto* copied) {
+        few_rows<PackedRow>(row_of, count, rows, of.k, copied, stride, to, c_stride, first);
+      });
       continue;
     }
     with_dtype(of.dtype, [&](auto tag) {

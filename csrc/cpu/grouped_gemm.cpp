@@ -19,6 +19,7 @@ constexpr int64_t kGrain = kBlock % kNR == 0 ? kBlock : 3 * kBlock;  // of a til
 constexpr int64_t kColumns = 256 / kGrain * kGrain;
 // With no more rows than these an expert's weights are multiplied as they stream by, not packed.
 constexpr int64_t kFewRows = 8, kFewRowsOfBlocks = 12;
+constexpr int64_t kRuns = 8;  // of tiles, a thread
 
 struct Nothing {
   void operator()() const {}
@@ -112,8 +113,8 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
   int64_t most = 0, floats = 0, deepest = 0, n = segments[0].b.n;
   for (const RowBlock& block : blocks) most = std::max(most, block.rows);
   for (const Segment& s : segments) {
-    floats += round_up(s.a.width, kBlock) * round_up(most, kMR);
-    deepest = std::max(deepest, s.a.width);
+    floats += few_floats(s.a.width) * round_up(most, kMR);
+    deepest = std::max(deepest, few_stride(s.a.width));
   }
   // Weights with contiguous n stream best in long rows.
   bool streams = most <= kFewRows && segments[0].b.scales == nullptr && segments[0].b.n_contiguous;
@@ -122,13 +123,17 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
                       ? round_up((span + omp_get_max_threads() - 1) / omp_get_max_threads(), kGrain)
                       : kColumns / (halves ? 2 : 1);
   int64_t tiles = (span + width - 1) / width, stride = width * (halves ? 2 : 1);
+  int64_t tasks = static_cast<int64_t>(blocks.size()) * tiles;
+  // Weights that stream by do so best in long runs.
+  bool runs = segments[0].b.scales != nullptr && takes_few(segments[0].b, most);
+  int64_t run = runs ? std::max<int64_t>(1, tasks / (kRuns * omp_get_max_threads())) : 1;
 #pragma omp parallel
   {
     Buffer<float> a(floats), b(panel_size(kDepth) * (stride / kNR)),
         c(round_up(most, kMR) * stride), line(deepest);
     const RowBlock* packed = nullptr;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < static_cast<int64_t>(blocks.size()) * tiles; task++) {
+#pragma omp for schedule(dynamic, run)
+    for (int64_t task = 0; task < tasks; task++) {
       const RowBlock& block = blocks[task / tiles];
       int64_t begin = task % tiles * width;
       Columns columns{
@@ -137,12 +142,10 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
       bool first = true;
       for (const Segment& s : segments) {
         Matrix matrix = matrix_of(s.b, block.expert);
-        int64_t depth = s.a.width, row_stride = round_up(depth, kBlock);
+        int64_t depth = s.a.width;
         if (takes_few(s.b, block.rows)) {
-          if (packed != &block)
-            copy_rows(s.a, block.row, block.rows, s.b.scales != nullptr, row_stride, line.get(),
-                      at);
-          multiply_few(matrix, block.rows, columns, at, row_stride, c.get(), stride, first);
+          if (packed != &block) copy_rows(s.a, s.b, block.row, block.rows, line.get(), at);
+          multiply_few(s.a, matrix, block.rows, columns, at, c.get(), stride, first);
         } else {
           if (packed != &block) pack_rows(s.a, block.row, block.rows, line.get(), at);
           for (int64_t k = 0; k < depth; k += kDepth) {
@@ -164,7 +167,7 @@ void product(const int32_t* offs, int64_t experts, const std::vector<Segment>& s
           }
         }
         first = false;
-        at += row_stride * round_up(most, kMR);
+        at += few_floats(depth) * round_up(most, kMR);
       }
       packed = &block;
       finish({block.expert, block.row, block.rows, columns, c.get(), stride});

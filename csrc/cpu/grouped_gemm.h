@@ -19,6 +19,7 @@ struct Rows {
   int64_t width;
   const int32_t* index = nullptr;  // null: s itself
   const float* scale = nullptr;    // null: 1
+  int bits = 24;                   // of a value's mantissa that count
 };
 
 // E matrices [k, n]: dense with k or n contiguous, or MXFP4 with blocks along the contiguous one.

@@ -24,6 +24,10 @@ inline Matrix matrix_of(const Stack& stack, int64_t expert) {
   return {&stack, static_cast<const char*>(stack.data) + expert * size * bytes, nullptr};
 }
 
+struct PackedRow {  // of MXFP4 weights
+  const uint8_t *bytes, *scales;
+};
+
 // Floats between the panels of a packed chunk of `depth` rows. A power of two would let the panels
 // that one row of weights goes to evict each other.
 inline int64_t panel_size(int64_t depth) { return (depth + 1) * kNR; }
