@@ -26,6 +26,7 @@ from medgpt.config import MedGPTConfig
 from medgpt.vision import MedGPTVisionModel, VisionEmbeddings, merge_rows
 from medgpt_kernels import PackedImages
 from medgpt_kernels.integrations import transformers as kernels
+from medgpt_kernels.integrations.gpt_oss import FewRowsLinear
 from medgpt_kernels.integrations.paged_cache import PagedCache
 
 # What this transformers calls a model's KV cache: "cache" since 5.24.
@@ -210,7 +211,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = MedGPTModel(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = FewRowsLinear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
