@@ -13,7 +13,8 @@
 namespace {
 constexpr int64_t kUnit = 32;                // rows of the weight that a thread takes at a time
 constexpr int kTokens = kLanes > 8 ? 4 : 2;  // times 4 outputs: half the registers accumulate
-constexpr int64_t kRun = kLanes * 256;  // a lane's sums in a row: longer ones lose digits
+constexpr int64_t kRun = kLanes * 256;       // a lane's sums in a row: longer ones lose digits
+constexpr size_t kShort = 1024;  // bytes
 constexpr int kRowColumns = 8;  // of a single row: as many sums as hide the latency of one
 
 // sums [tokens][kUnit] of outputs [n, end)
@@ -24,7 +25,9 @@ void products(const Linear& p, int64_t n, int64_t end, float* sums) {
     constexpr int kM = decltype(rows)::value, kN = decltype(columns)::value;
     const T* row = weight + n * p.in;
     Ahead<T> ahead;
-    bool further = t == 0 && p.tokens > 1 && n + 2 * kN <= p.out;
+    // one row of the input keeps up with memory by itself, but where rows of the weight are short
+    bool slow = p.tokens > 1 || p.in * sizeof(T) <= kShort;
+    bool further = t == 0 && slow && n + 2 * kN <= p.out;
     for (int64_t k = 0; k < p.in; k += kRun) {
       if (further) ahead = {row + kN * p.in + k, p.in, kN};
       dot_tile<kM, kN>(x + t * p.in + k, p.in, row + k, p.in, std::min(kRun, p.in - k),
