@@ -233,7 +233,7 @@ def test_counts_are_stored_and_belong_to_the_settings(processor, tmp_path):
     np.save(stored, changed)
     packs = PackedDataset(tmp_path, processor, 512)
     assert packs.lengths[0] == first.lengths[0] + 1  # it was read, not counted
-    with pytest.raises(ValueError, match="row row-0: expected .* tokens as counted before, got"):
+    with pytest.raises(ValueError, match=r"row row-0: expected .* tokens as counted before, got"):
         packs._document(0)
     PackedDataset(tmp_path, processor, 512, reasoning_effort="high")
     assert len(list(tmp_path.glob("lengths-*.npy"))) == 2
