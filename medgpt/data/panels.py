@@ -28,7 +28,7 @@ def _gutters(level: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
 
     The second is bool [W], the even columns.
     """
-    height, width = level.shape
+    width = level.shape[1]
     columns = level.astype(np.int16)
     tones = np.median(columns, axis=0)
     even = (abs(columns - tones) <= FLAT).mean(0) >= MOST
