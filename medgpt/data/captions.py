@@ -38,8 +38,8 @@ varic vascul vein veno ventric vertebr vessel villi viral vitre wound x-ray xray
 STEMS = sorted(_WORDS.split(), key=len, reverse=True)
 ENDINGS = ("itis", "oma", "omas", "osis", "emia", "pathy", "ectomy", "plasty", "scopy", "gram",
            "graphy", "plasia", "trophy", "algia", "cele", "lysis", "otomy", "ostomy")  # fmt: skip
-SHORT = {"ct", "mr", "pet", "spect", "us", "ecg", "ekg", "oct", "pa", "ap", "svc", "ivc", "gi", "cxr",
-         "ent", "icu", "ett", "picc", "dx"}  # fmt: skip
+SHORT = {"ct", "mr", "pet", "spect", "us", "ecg", "ekg", "oct", "pa", "ap", "svc", "ivc", "gi",
+         "cxr", "ent", "icu", "ett", "picc", "dx"}  # fmt: skip
 NOT_CLINICAL = {"diagram", "program", "programs", "histogram", "eyebrow", "fielding"}
 # figures that show no patient
 FIGURES = re.compile(

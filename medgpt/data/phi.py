@@ -29,7 +29,8 @@ _LABEL = (
 _IDENTIFIER = (
     r"(?i:MRN|medical[ \t]+record(?:[ \t]+(?:number|no\.?))?|accession(?:[ \t]+(?:number|no\.?))?"
     r"|acc(?:oun)?t(?:[ \t]+(?:number|no\.?))?|patient[ \t]+(?:id|number|no\.?)"
-    r"|case[ \t]+(?:id|number)|exam(?:ination)?[ \t]+id|SSN|social[ \t]+security(?:[ \t]+(?:number|no\.?))?|NPI|DEA|NHS"
+    r"|case[ \t]+(?:id|number)|exam(?:ination)?[ \t]+id"
+    r"|SSN|social[ \t]+security(?:[ \t]+(?:number|no\.?))?|NPI|DEA|NHS"
     r"|(?:license|licence|policy|member|insurance|certificate|serial|device)[ \t]+"
     r"(?:id|number|no\.?)|VIN|hosp(?:ital)?[ \t]+(?:id|number|no\.?))"
 )
