@@ -165,9 +165,10 @@ def read_config(path) -> Curation:
     else:
         _refuse("a .yaml or .toml file", path.name)
     config = _made(Curation, given)
-    config.output = str(path.parent / config.output)
+    folder = path.resolve().parent
+    config.output = str(folder / config.output)
     for entry in (*config.sources, *config.benchmarks):
         for name in ("path", "images", "metadata"):
             if getattr(entry, name, None) is not None:
-                setattr(entry, name, str(path.parent / getattr(entry, name)))
+                setattr(entry, name, str(folder / getattr(entry, name)))
     return config

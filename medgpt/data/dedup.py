@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .features import PERMUTATIONS, Features, hamming
+from .features import PERMUTATIONS, SCHEME, Features, hamming
 
 
 class Duplicates:
@@ -92,7 +92,7 @@ class Duplicates:
 
 
 def _sketch(row: Features):
-    from datasketch import LeanMinHash, MinHash
+    from datasketch import LeanMinHash
 
-    values = np.frombuffer(row.minhash, "<u4").astype(np.uint64)
-    return LeanMinHash(MinHash(num_perm=PERMUTATIONS, hashvalues=values))
+    values = np.frombuffer(row.minhash, "<u4")
+    return LeanMinHash(seed=1, hashvalues=values, scheme=SCHEME)

@@ -9,7 +9,7 @@ import numpy as np
 
 from .rows import texts
 
-PERMUTATIONS = 128
+PERMUTATIONS, SCHEME = 128, "affine32"  # of datasketch 2
 SHINGLE = 3  # words
 HASH_SIDE = 16  # 256 bits
 BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -42,7 +42,7 @@ def minhash(tokens: list[str]) -> np.ndarray:
 
     last = max(1, len(tokens) - SHINGLE + 1)
     shingles = {" ".join(tokens[i : i + SHINGLE]).encode() for i in range(last)}
-    sketch = MinHash(num_perm=PERMUTATIONS)
+    sketch = MinHash(num_perm=PERMUTATIONS, seed=1, scheme=SCHEME)
     sketch.update_batch(sorted(shingles))
     return np.asarray(sketch.hashvalues, np.uint32)
 
