@@ -416,12 +416,13 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         assert args.run(args) == 0
         assert "2 rows in, 2 kept" in capsys.readouterr().out
         assert not (tmp_path / "good" / "work").exists()
+    good = [{"name": "a", "kind": "rows", "path": "x"}]
     for change, expected in (
-        ({"sorces": []}, "entries among"),
-        ({"near_text": 1.5}, "near_text from 0"),
+        ({"sources": good, "sorces": []}, "entries among"),
+        ({"sources": good, "near_text": 1.5}, "near_text from 0"),
         ({"sources": []}, "sources with names of their own"),
     ):
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump({"output": "o", **change}))
         with pytest.raises(ValueError, match=expected):
-            read_config(
-                write_config(tmp_path, [{"name": "a", "kind": "rows", "path": "x"}], "o", **change)
-            )
+            read_config(path)

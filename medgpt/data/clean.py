@@ -62,13 +62,13 @@ def is_dicom(content: bytes) -> bool:
 
 def identifiers(data) -> list[str]:
     """What a DICOM header names its patient, staff and study by; to be found in texts."""
+    from pydicom.multival import MultiValue
+
     found = []
     for keyword in IDENTIFYING:
         value = data.get(keyword)
-        if value is None or value == "":
-            continue
-        values = [value] if isinstance(value, str) or not hasattr(value, "__iter__") else value
-        found += [str(v) for v in values if str(v).strip()]
+        values = value if isinstance(value, (MultiValue, list)) else [value]
+        found += [str(v) for v in values if v is not None and str(v).strip()]
     return found
 
 
