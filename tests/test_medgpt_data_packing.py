@@ -89,6 +89,25 @@ def test_packs_of_real_report_lengths_are_full(length, copies):
     assert len(tokens) <= closed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1024, 2048, 4096, 32768])
+def test_packs_of_all_real_reports_are_full(length):
+    from data_material import reports
+
+    encode = harmony_tokenizer().encode
+    texts = [f"FINDINGS: {f}\nIMPRESSION: {i}" for f, i in reports()]
+    lengths = np.array([len(encode(text, add_special_tokens=False)) for text in texts])
+    assert len(lengths) == 3419
+    assert tuple(lengths[:64]) == REPORT_LENGTHS
+    if length == 32768:  # one epoch would fill eight packs; a stage has many
+        lengths = np.tile(lengths, 16)
+    documents, offs = plan_packs(lengths, length, seed=1)
+    assert len(documents) == len(lengths)
+    fill = lengths.sum() / (length * (len(offs) - 1))
+    assert fill >= 0.97
+    print(f"{length}: {fill:.4f}")
+
+
 def test_plans_are_of_seed_and_epoch_alone():
     lengths = np.tile(REPORT_LENGTHS, 8)
     plans = {

@@ -209,12 +209,14 @@ def clean_picture(content: bytes, image: np.ndarray) -> bytes:
     """
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(BytesIO(content)) as picture:
+    try:
+        with warnings.catch_warnings(), Image.open(BytesIO(content)) as picture:
+            warnings.simplefilter("ignore")
             turned = picture.getexif().get(0x0112, 1) != 1
             single = getattr(picture, "n_frames", 1) == 1
             kind = picture.format
+    except Exception:
+        raise RowError("unreadable_image") from None
     if single and not turned and kind == "JPEG":
         return clean_jpeg(content)
     if single and not turned and kind == "PNG":

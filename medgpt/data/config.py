@@ -105,7 +105,7 @@ class Curation:
     min_side: int = 28
     deidentify: bool = True
     near_text: float = 0.8
-    near_image: int = 10
+    near_image: int = 16
     duplicates: str = "joint"
     tokenizer: str = "harmony"
     shard_rows: int = 20_000

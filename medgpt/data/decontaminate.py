@@ -12,7 +12,7 @@ from .rows import RowError, Rows, image_sources, inside, texts
 
 LONG, SHORT = 13, 8  # words of an n-gram; SHORT for stems of fewer than LONG words
 COMMON = 10  # n-grams of more items than these are phrases of the exam, not an item
-NEAR = 10  # of 256 bits
+NEAR = 16  # of 256 bits
 
 
 def ngrams(tokens: list[str], n: int) -> set[str]:

@@ -18,7 +18,7 @@ class Duplicates:
     Memory: about 4 KB a kept row.
     """
 
-    def __init__(self, *, mode: str = "joint", near_text: float = 0.8, near_image: int = 10):
+    def __init__(self, *, mode: str = "joint", near_text: float = 0.8, near_image: int = 16):
         self.mode, self.near_text, self.near_image = mode, near_text, near_image
         self.exact: set = set()
         self.hashes: list[np.ndarray] = []  # of each kept row
