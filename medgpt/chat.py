@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .completion import parse
+from .completion import CHANNELS, parse
+from .config import SYSTEM_PROMPT
 from .tokenizer import plain_encoder
 
-__all__ = ["CHANNELS", "SYSTEM_PROMPT", "ImageIds", "Rendered", "image_parts", "parse", "render"]
+__all__ = ["ImageIds", "Rendered", "image_parts", "parse", "render"]
 
-SYSTEM_PROMPT = "You are MedGPT, a biomedical vision-language model for research use only."
 KNOWLEDGE_CUTOFF = "2024-06"  # gpt-oss's
-CHANNELS = ("analysis", "commentary", "final")
 EFFORTS = ("low", "medium", "high")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MARKS = ("start", "channel", "message", "constrain", "end", "return", "call")

@@ -8,8 +8,10 @@ import contextlib
 import logging
 import threading
 import warnings
+from io import BytesIO
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from .grayscale import (
     ImageError,
@@ -132,10 +134,9 @@ def _integer(data, keyword: str, default: int | None = None) -> int:
     value = data.get(keyword)
     if value in (None, "") and default is not None:
         return default
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ImageError(f"an integer as {keyword}", "none") from None
+    if not isinstance(value, int):  # pydicom's integer strings are ints too
+        raise ImageError(f"an integer as {keyword}", "none")
+    return int(value)
 
 
 def check_size(data, frame: int) -> str:
@@ -159,6 +160,23 @@ def check_size(data, frame: int) -> str:
             f"{rows}x{columns} pixels of {samples * wide} bytes",
         )
     return kind
+
+
+def _check_codestream(data, frame: int) -> None:
+    """A compressed frame's own header may claim more pixels than Rows x Columns: a bomb."""
+    from pydicom.encaps import get_frame
+
+    if not data.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    frames = _integer(data, "NumberOfFrames", 1)
+    try:
+        stream = get_frame(data.PixelData, frame, number_of_frames=frames)
+        with Image.open(BytesIO(stream)) as picture:  # reads the header only
+            width, height = picture.size
+    except (UnidentifiedImageError, ValueError):  # RLE and JPEG-LS are not Pillow's
+        return
+    if width * height > data.Rows * data.Columns:
+        raise ImageError(f"a frame of {data.Rows}x{data.Columns}", f"one of {height}x{width}")
 
 
 def _set_transfer_syntax(data) -> None:
@@ -196,6 +214,8 @@ def read_frame(data, *, source=None, window=None, frame: int = 0) -> np.ndarray:
     if getattr(data, "file_meta", None) is None or "TransferSyntaxUID" not in data.file_meta:
         _set_transfer_syntax(data)
         source = None
+    if source is None:
+        _check_codestream(data, frame)
     stored = pixel_array(data if source is None else source, index=frame)
     bits = _integer(data, "BitsStored", stored.dtype.itemsize * 8)
     if kind == "PALETTE COLOR":

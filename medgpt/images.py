@@ -17,6 +17,7 @@ from .grayscale import CT_WINDOWS, ImageError, named_window, show, window_levels
 
 __all__ = ["CT_WINDOWS", "MAX_PIXELS", "ImageError", "load_image"]
 
+ORIENTATION = 0x0112  # EXIF's tag
 LARGE_FILE = 2**26  # bytes
 MAX_PIXELS = 2**24  # of what load_image returns: 4096 x 4096
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -99,7 +100,12 @@ def _from_picture(picture: Image.Image, window, frame: int, max_pixels: int) -> 
         raise ImageError(
             f"at most {MAX_DECODED_BYTES >> 20} MiB decoded", f"{height}x{width} pixels"
         )
-    picture = ImageOps.exif_transpose(picture)
+    if width * height > max_pixels and picture.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        small = bounded_size(height, width, max_pixels)[::-1]
+        smaller = picture.resize(small, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        smaller.info, picture = picture.info, smaller
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode in WIDE_MODES or (window is not None and picture.mode == "L"):
         return _from_array(np.asarray(picture), window)
     if window is not None:
