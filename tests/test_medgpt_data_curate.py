@@ -26,7 +26,7 @@ from data_material import (
 )
 from PIL import Image
 
-from medgpt.data.cli import add_parsers
+from medgpt.cli import main
 from medgpt.data.config import Curation, read_config
 from medgpt.data.curate import curate, remove_work
 from medgpt.data.rows import Rows, write_rows
@@ -274,13 +274,9 @@ def write_config(folder: Path, sources: list, output: str, **kwargs) -> Path:
 
 
 def start(path: Path, workers: int) -> subprocess.Popen:
-    code = (
-        "import argparse, sys; from medgpt.data.cli import add_parsers; "
-        "p = argparse.ArgumentParser(); add_parsers(p.add_subparsers()); "
-        "a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
-    )
     flags = ["--workers", str(workers), "--no-progress"]
-    command = [sys.executable, "-c", code, "curate", str(path), *flags]
+    main = "import sys; from medgpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", main, "curate", str(path), *flags]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -395,13 +391,8 @@ def test_rows_of_benchmarks_are_left_out_and_named(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_parsers(parser.add_subparsers())
     bad = write_config(tmp_path, [{"name": "x", "kind": "zip", "path": "x"}], "out")
-    args = parser.parse_args(["curate", str(bad)])
-    assert args.run(args) == 2
+    assert main(["curate", str(bad)]) == 2
     assert (
         "expected kind one of captions, llava, studies, rows, got 'zip'" in capsys.readouterr().err
     )
@@ -412,8 +403,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         f'path = "{path}"\n'
     )
     if sys.version_info >= (3, 11):
-        args = parser.parse_args(["curate", str(toml), "--no-progress", "--remove-work"])
-        assert args.run(args) == 0
+        assert main(["curate", str(toml), "--no-progress", "--remove-work"]) == 0
         assert "2 rows in, 2 kept" in capsys.readouterr().out
         assert not (tmp_path / "good" / "work").exists()
     good = [{"name": "a", "kind": "rows", "path": "x"}]

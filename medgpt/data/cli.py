@@ -1,14 +1,13 @@
 """`medgpt curate CONFIG`."""
 
 import argparse
-import sys
 
-FLAGS = "Reads a YAML or TOML file (docs/data.md) and writes rows as parquet, and a report."
+ABOUT = "Reads a YAML or TOML file (docs/medgpt_data.md), writes rows as parquet and a report."
 
 
 def add_parsers(subparsers) -> None:
     """Adds `curate`."""
-    parser = subparsers.add_parser("curate", help="rows to train on, cleaned", description=FLAGS)
+    parser = subparsers.add_parser("curate", help="rows to train on, cleaned", description=ABOUT)
     parser.add_argument("config", help="a .yaml or .toml file")
     parser.add_argument("--workers", type=int, default=1, help="processes; the output is the same")
     parser.add_argument("--no-progress", action="store_true", help="no bar")
@@ -21,21 +20,17 @@ def add_parsers(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
+    """Curates, and prints what became of the rows; ValueError for what the user can put right."""
     from .config import read_config
     from .curate import curate, remove_work
 
-    try:
-        config = read_config(args.config)
-        if args.examples is not None:
-            config.examples = args.examples
-        report = curate(config, workers=args.workers, progress=not args.no_progress)
-    except ValueError as error:
-        print(f"medgpt: {error}", file=sys.stderr)
-        return 2
+    config = read_config(args.config)
+    if args.examples is not None:
+        config.examples = args.examples
+    report = curate(config, workers=args.workers, progress=not args.no_progress)
     if args.remove_work:
         remove_work(config.output)
     print(f"{report['in']} rows in, {report['kept']} kept, {config.output}/report.html")
     for reason, count in report["dropped"].items():
-        print(f"  {count:>8} {reason}")
-    return 0
+        print(f"{count:>10} {reason}")
