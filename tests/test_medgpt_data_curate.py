@@ -390,6 +390,39 @@ def test_rows_of_benchmarks_are_left_out_and_named(tmp_path):
     assert run(tmp_path / "free", sources, duplicates="off")[0]["kept"] == 5
 
 
+def test_tokens_of_the_report_are_those_that_are_packed(tmp_path):
+    from medgpt.config import MedGPTConfig
+    from medgpt.data.packing import PackedDataset
+    from medgpt.processor import MedGPTProcessor
+    from medgpt.tokenizer import harmony_tokenizer
+
+    sources = [
+        {"name": "pmc", "kind": "captions", "path": str(caption_set(tmp_path / "in", 3))},
+        {"name": "l", "kind": "llava", "path": str(llava_set(tmp_path / "in"))},
+    ]
+    report, rows = run(tmp_path / "out", sources, tokenizer="harmony")
+    processor = MedGPTProcessor.from_config(MedGPTConfig.tiny(), harmony_tokenizer())
+    packs = PackedDataset(tmp_path / "out", processor, 8192)
+    assert packs.lengths.sum() == report["tokens"]
+    assert sum(report["token_histogram"].values()) == len(rows) == 6
+    tokens = sum(packs[i]["input_ids"].shape[1] for i in range(len(packs)))
+    assert tokens == report["tokens"]
+
+
+def test_the_documentation_is_true(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "medgpt_data.md").read_text()
+    blocks = [b.split("```")[0].partition("\n") for b in text.split("```")[1::2]]
+    exec(next(code for kind, _, code in blocks if kind == "python"), {})
+    (tmp_path / "a.yaml").write_text(next(code for kind, _, code in blocks if kind == "yaml"))
+    assert [source.kind for source in read_config("a.yaml").sources] == [
+        "captions",
+        "llava",
+        "studies",
+        "rows",
+    ]
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     bad = write_config(tmp_path, [{"name": "x", "kind": "zip", "path": "x"}], "out")
     assert main(["curate", str(bad)]) == 2

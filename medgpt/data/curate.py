@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def _chunks(config: Curation, folder: Path, workers: int) -> Iterator[dict]:
         yield {"chunks": number + 1}
 
 
+def _watched(counts: Iterator[dict]) -> Iterator[dict]:
+    try:
+        yield from counts
+    except BrokenProcessPool:
+        raise ValueError(
+            "curate: expected workers to live, got one that was killed or crashed; what is done is "
+            "kept: run it again, with fewer workers if memory ran out"
+        ) from None
+
+
 def curate(config: Curation, *, workers: int = 1, progress: bool = True) -> dict:
     """Runs a curation, or goes on with one that was stopped; of a finished one reads the report.
 
@@ -124,7 +135,7 @@ def curate(config: Curation, *, workers: int = 1, progress: bool = True) -> dict
             return json.loads((output / REPORT).read_text("utf-8"))
         seen = kept = 0
         with tqdm(unit=" rows", desc="curate", disable=not progress) as bar:
-            for counts in _chunks(config, folder, workers):
+            for counts in _watched(_chunks(config, folder, workers)):
                 if "chunks" in counts:
                     count = counts["chunks"]
                     continue

@@ -60,7 +60,8 @@ class Contamination:
         """
         found: set[int] = set()
         if self.names:
-            tokens = words("\n".join(texts(row)))
+            thoughts = [message.get("thinking") or "" for message in row["messages"]]
+            tokens = words("\n".join([*texts(row), *thoughts]))
             for n, grams in self.grams.items():
                 for gram in ngrams(tokens, n) if grams else ():
                     found.update(grams.get(gram, ()))

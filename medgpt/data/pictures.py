@@ -11,6 +11,8 @@ from .clean import clean_dicom, clean_picture, identifiers, is_dicom, read_dicom
 from .rows import RowError
 
 MAX_BYTES = 2**30  # of a file
+# formats whose readers start no other program
+FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 
 
 class Picture(NamedTuple):
@@ -44,7 +46,7 @@ def _size(content: bytes) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(BytesIO(content)) as picture:
+            with Image.open(BytesIO(content), formats=FORMATS) as picture:
                 return picture.size[::-1]
     except UnidentifiedImageError:
         return None
