@@ -310,6 +310,49 @@ def test_a_run_killed_with_kill_9_and_resumed_is_byte_identical(tmp_path):
     assert pq.read_table(tmp_path / "killed" / "rows-00000.parquet").num_rows == 60
 
 
+def test_a_run_killed_while_it_merges_is_byte_identical(tmp_path):
+    words = [
+        "lung",
+        "heart",
+        "liver",
+        "spleen",
+        "kidney",
+        "colon",
+        "femur",
+        "tibia",
+        "retina",
+        "aorta",
+    ]
+    rows = [
+        {
+            "id": str(n),
+            "messages": [
+                {"role": "user", "content": f"What lies next to the {words[n % 10]} in case {n}?"},
+                {"role": "assistant", "content": f"The {words[n // 10 % 10]}, of {n * 17} grams."},
+            ],
+        }
+        for n in range(1200)
+    ]
+    write_rows(tmp_path / "in.parquet", rows)
+    sources = [{"name": "r", "kind": "rows", "path": str(tmp_path / "in.parquet")}]
+    run(tmp_path / "whole", sources, chunk_rows=64, shard_rows=200)
+    again = write_config(tmp_path, sources, "killed", chunk_rows=64, shard_rows=200)
+    process = start(again, 1)
+    shard = tmp_path / "killed" / "rows-00001.parquet.tmp"
+    while not shard.exists():  # the first shard is written, the last is not
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    assert shard.exists()
+    curate(read_config(again), workers=2, progress=False)
+    assert not shard.exists()
+    expected, found = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert expected == found
+    assert len([name for name in found if name.startswith("rows-")]) == 6
+
+
 def test_the_output_does_not_depend_on_workers_or_chunks(tmp_path):
     sources = corrupt_set(tmp_path / "in")
     one = config(tmp_path / "one", sources, shard_rows=40)

@@ -1,5 +1,7 @@
 """First-fit-decreasing, packs as forward takes them, and the sampler's state."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from medgpt.data.collator import Document, blank_image, collate, join_packs
 from medgpt.data.ffd import first_fit_decreasing, plan_packs
 from medgpt.data.packing import PackedDataset, PackSampler, encode
 from medgpt.data.rows import write_rows
+from medgpt.model import MedGPTForConditionalGeneration
 from medgpt.processor import MedGPTProcessor
 from medgpt.tokenizer import harmony_tokenizer
+from medgpt_kernels.testing import ToleranceError, assert_close
 
 # of the public-domain "Gray's Anatomy" (1918) and our own words
 ANSWERS = (
@@ -157,6 +161,33 @@ def test_a_pack_has_the_arguments_of_forward(processor, folder):
         else:
             assert "pixel_values" not in pack
     assert sorted(seen) == sorted(f"row-{n}" for n in range(60))
+
+
+@torch.no_grad()
+def test_documents_of_a_pack_are_to_the_model_as_if_alone(processor, folder):
+    torch.manual_seed(0)
+    config = MedGPTConfig.tiny(max_tiles=1)
+    model = MedGPTForConditionalGeneration(config).eval().model
+    few_tiles = MedGPTProcessor.from_config(config, processor.tokenizer)
+    packs = PackedDataset(folder, few_tiles, 400, seed=1)
+    index = next(i for i in range(len(packs)) if "pixel_values" in packs[i])
+    numbers, pack = packs.members(index), packs[index]
+    del pack["labels"]
+    assert len(numbers) > 2
+    whole = model(**pack).last_hidden_state[0]
+    loose = {k: v for k, v in pack.items() if k in ("input_ids", "pixel_values", "image_sizes")}
+    mixed = model(**loose).last_hidden_state[0]
+    truth = copy.deepcopy(model).double()
+    for place, number in enumerate(numbers):
+        alone = collate([packs._document(int(number))])
+        del alone["labels"]
+        start, end = pack["cu_seq_lens_q"][place : place + 2].tolist()
+        eager = model(**alone).last_hidden_state[0]
+        exact = truth(**alone).last_hidden_state[0]
+        assert_close(whole[start:end], eager, exact, name=f"document {place}")
+        if place:
+            with pytest.raises(ToleranceError):
+                assert_close(mixed[start:end], eager, exact)
 
 
 def test_loss_is_on_what_an_assistant_writes(processor, folder):
