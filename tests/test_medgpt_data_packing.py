@@ -169,7 +169,7 @@ def test_documents_of_a_pack_are_to_the_model_as_if_alone(processor, folder):
     config = MedGPTConfig.tiny(max_tiles=1)
     model = MedGPTForConditionalGeneration(config).eval().model
     few_tiles = MedGPTProcessor.from_config(config, processor.tokenizer)
-    packs = PackedDataset(folder, few_tiles, 400, seed=1)
+    packs = PackedDataset(folder, few_tiles, 640, seed=1)
     index = next(i for i in range(len(packs)) if "pixel_values" in packs[i])
     numbers, pack = packs.members(index), packs[index]
     del pack["labels"]
