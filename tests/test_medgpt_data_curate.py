@@ -281,6 +281,13 @@ def start(path: Path, workers: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_run_killed_with_kill_9_and_resumed_is_byte_identical(tmp_path):
     path = caption_set(tmp_path / "in", 60)
     sources = [{"name": "pmc", "kind": "captions", "path": str(path)}]
@@ -294,8 +301,14 @@ def test_a_run_killed_with_kill_9_and_resumed_is_byte_identical(tmp_path):
         while len(list(work.glob("*.json"))) < least and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) >= 2
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 30
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(map(alive, workers))  # none works on without its leader
         done = len(list(work.glob("*.json")))
         assert least <= done < 20
         assert not (tmp_path / "killed" / "report.json").exists()

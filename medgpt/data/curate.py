@@ -84,6 +84,7 @@ def _chunks(config: Curation, folder: Path, workers: int) -> Iterator[dict]:
                     workers, context, initializer=_start_worker, initargs=(config, found)
                 )
             )
+            stack.callback(pool.shutdown, cancel_futures=True)
         else:
             inspector = Inspector(config, found, token_counter(config.tokenizer))
         number = -1
