@@ -2,10 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,8 +29,11 @@ from data_material import (
 from PIL import Image
 
 from medgpt.cli import main
+from medgpt.data.chunks import chunked, run_chunk
 from medgpt.data.config import Curation, read_config
 from medgpt.data.curate import curate, remove_work
+from medgpt.data.decontaminate import Contamination
+from medgpt.data.inspector import Inspector
 from medgpt.data.rows import Rows, write_rows
 from medgpt.images import load_image
 
@@ -364,6 +369,38 @@ def test_a_run_killed_while_it_merges_is_byte_identical(tmp_path):
     expected, found = files(tmp_path / "whole"), files(tmp_path / "killed")
     assert expected == found
     assert len([name for name in found if name.startswith("rows-")]) == 6
+
+
+def test_a_worker_that_dies_loses_nothing(tmp_path):
+    path = caption_set(tmp_path / "in", 60)
+    sources = [{"name": "pmc", "kind": "captions", "path": str(path)}]
+    run(tmp_path / "whole", sources)
+    work, dead = tmp_path / "out" / "work", []
+
+    def kill_one() -> None:  # as a kernel does that is out of memory
+        deadline = time.monotonic() + 60
+        while not list(work.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        dead.append(multiprocessing.active_children()[0].pid)
+        os.kill(dead[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    report = curate(config(tmp_path / "out", sources), workers=2, progress=False)
+    killer.join()
+    assert dead
+    assert report["kept"] == 60
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_row_that_crashes_is_counted(tmp_path):
+    path = caption_set(tmp_path / "in", 3)
+    settings = config(tmp_path, [{"name": "pmc", "kind": "captions", "path": str(path)}])
+    (chunk,) = chunked(settings)
+    inspector = Inspector(settings, Contamination())
+    assert run_chunk(0, chunk, tmp_path, inspector, skip={1}) == {"seen": 3, "kept": 2}
+    told = json.loads((tmp_path / "00000000.json").read_text())
+    assert told["dropped"] == [["pmc", "pmc/captions-1", "crash", 1]]
 
 
 def test_the_output_does_not_depend_on_workers_or_chunks(tmp_path):

@@ -7,8 +7,9 @@ chunk is done.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .config import Curation
 from .features import Features
@@ -48,6 +49,11 @@ def paths(folder: Path, number: int) -> tuple[Path, Path]:
     return folder / f"{number:08d}.parquet", folder / f"{number:08d}.json"
 
 
+def crash_path(folder: Path, number: int) -> Path:
+    """Where a chunk at work notes which of its rows it is at."""
+    return folder / f"{number:08d}.at"
+
+
 def write_whole(path: Path, content: str) -> None:
     """All of it, or nothing, also if the process is killed."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -82,8 +88,9 @@ class Tally:
 
 
 def _inspected(
-    chunk: Iterable[Item], config: Curation, inspector: Inspector, tally: Tally
+    chunk: Iterable[Item], inspector: Inspector, tally: Tally, skip: Container[int], at: BinaryIO
 ) -> Iterator[dict]:
+    config, place = inspector.config, -1
     for item in chunk:
         source = config.sources[item.source]
         for row in rows_of(item, source):
@@ -92,6 +99,11 @@ def _inspected(
                 tally.drop(source.name, row.id, row.reason, row.count)
                 continue
             tally.seen[source.name] += 1
+            place += 1
+            os.pwrite(at.fileno(), f"{place:12d}".encode(), 0)
+            if place in skip:
+                tally.drop(source.name, row["id"], "crash")
+                continue
             try:
                 found = inspector(row, source)
             except RowError as error:
@@ -105,17 +117,25 @@ def _inspected(
             yield {**found.row, **named, "tokens": found.tokens}
 
 
-def run_chunk(number: int, chunk: list[Item], folder: Path, inspector: Inspector) -> dict:
-    """Writes a chunk's two files; {seen, kept} counts for the progress bar."""
+def run_chunk(
+    number: int, chunk: list[Item], folder: Path, inspector: Inspector, skip: Container[int] = ()
+) -> dict:
+    """Writes a chunk's two files; {seen, kept} counts for the progress bar.
+
+    Args:
+        skip: places of rows that crashed a process. Where it stands is in a third file, `.at`.
+    """
     rows_path, done_path = paths(folder, number)
     temporary = rows_path.with_name(f"{rows_path.name}.{os.getpid()}.tmp")
     config = inspector.config
     tally, kept = Tally(config.examples), Counter()
-    with RowWriter(temporary, chunk_schema()) as writer:
-        for row in _inspected(chunk, config, inspector, tally):
+    at_path = crash_path(folder, number)
+    with RowWriter(temporary, chunk_schema()) as writer, open(at_path, "wb") as at:
+        for row in _inspected(chunk, inspector, tally, skip, at):
             kept[row["source"]] += 1
             writer.write(row)
     os.replace(temporary, rows_path)
+    at_path.unlink(missing_ok=True)
     write_whole(done_path, json.dumps(tally.as_dict(kept), sort_keys=True))
     return {"seen": tally.seen.total(), "kept": kept.total()}
 
