@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kUnit = 32;                // rows of the weight that a thread takes at a time
 constexpr int kTokens = kLanes > 8 ? 4 : 2;  // times 4 outputs: half the registers accumulate
 constexpr int64_t kRun = kLanes * 256;       // a lane's sums in a row: longer ones lose digits
-constexpr size_t kShort = 1024;  // bytes
+constexpr size_t kShort = 1024;              // bytes
 constexpr int kRowColumns = 8;  // of a single row: as many sums as hide the latency of one
 
 // sums [tokens][kUnit] of outputs [n, end)
@@ -73,7 +73,10 @@ void linear(const Linear& p) {
   int64_t units = (p.out + kUnit - 1) / kUnit;
   auto run = [&](auto example) {
     using T = decltype(example);
-#pragma omp parallel for schedule(dynamic) if (p.out * p.in > int64_t{1} << 18)
+    // a thread reads a quarter of a megabyte in one go, if there is enough for all
+    int64_t chunk = std::clamp<int64_t>((1 << 18) / (kUnit * p.in * sizeof(T)), 1,
+                                        std::max<int64_t>(1, units / 32));
+#pragma omp parallel for schedule(dynamic, chunk) if (p.out * p.in > int64_t{1} << 18)
     for (int64_t i = 0; i < units; i++) columns<T>(p, i * kUnit, std::min((i + 1) * kUnit, p.out));
   };
   if (p.dtype == DType::kF32)
