@@ -26,6 +26,7 @@ SHARED_NATIVE = {
         "grouped_gemm.cpp",
         "grouped_pack.h",
         "grouped_few.h",
+        "grouped_splits.h",
         "mxfp4_decode.h",
     },
     "cuda": {"kernels.h", "intrinsics.h", "library.cu", "probe.cu"},
