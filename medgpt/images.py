@@ -18,6 +18,8 @@ from .grayscale import CT_WINDOWS, ImageError, named_window, show, window_levels
 __all__ = ["CT_WINDOWS", "MAX_PIXELS", "ImageError", "load_image"]
 
 ORIENTATION = 0x0112  # EXIF's tag
+# whose readers start no other program
+FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 LARGE_FILE = 2**26  # bytes
 MAX_PIXELS = 2**24  # of what load_image returns: 4096 x 4096
 WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -125,7 +127,7 @@ def _from_file(source, window, frame: int, max_pixels: int) -> np.ndarray:
         file.seek(0)
         if not dicom:
             try:
-                with Image.open(file) as picture:
+                with Image.open(file, formats=FORMATS) as picture:
                     return _from_picture(picture, window, frame, max_pixels)
             except UnidentifiedImageError:
                 file.seek(0)

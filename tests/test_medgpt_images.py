@@ -702,3 +702,12 @@ def test_headers_stay_out_of_warnings_logs_and_errors(caplog, recwarn, tmp_path)
         warnings.simplefilter("ignore")
         logging.getLogger("pydicom").warning("heard again")
     assert "heard again" in caplog.text
+
+
+def test_formats_that_start_another_program_are_refused(tmp_path):
+    path = tmp_path / "page.eps"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with Image.open(path) as picture:
+        assert picture.format == "EPS"  # Pillow would read it
+    with pytest.raises(ImageError):
+        load_image(path)

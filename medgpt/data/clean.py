@@ -209,8 +209,10 @@ def clean_picture(content: bytes, image: np.ndarray) -> bytes:
     """
     from PIL import Image
 
+    from ..images import FORMATS
+
     try:
-        with warnings.catch_warnings(), Image.open(BytesIO(content)) as picture:
+        with warnings.catch_warnings(), Image.open(BytesIO(content), formats=FORMATS) as picture:
             warnings.simplefilter("ignore")
             turned = picture.getexif().get(0x0112, 1) != 1
             single = getattr(picture, "n_frames", 1) == 1

@@ -32,10 +32,11 @@ def shown_size(source: bytes | Path) -> tuple[int, int]:
     """Height, width that load_image would return, from the file's header where that tells."""
     from PIL import Image, UnidentifiedImageError
 
-    from ..images import MAX_PIXELS, bounded_size, load_image
+    from ..images import FORMATS, MAX_PIXELS, bounded_size, load_image
 
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as picture:
             width, height = picture.size
             if picture.getexif().get(0x0112, 1) >= 5:  # turned by a quarter
                 height, width = width, height

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..images import FORMATS
 from .clean import clean_dicom, clean_picture, identifiers, is_dicom, read_dicom
 from .rows import RowError
 
 MAX_BYTES = 2**30  # of a file
-# formats whose readers start no other program
-FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 
 
 class Picture(NamedTuple):
