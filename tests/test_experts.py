@@ -229,7 +229,7 @@ def test_outlier_block(backend, tokens):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [3, 40])
 def test_infinite_activation(backend, dtype, tokens):
     """Under weights of one sign it drives gates and ups onto their limit, and leaves no NaN."""
     draws = [make(tokens, packed=True, dtype=dtype, draw=n) for n in range(3)]
@@ -238,11 +238,9 @@ def test_infinite_activation(backend, dtype, tokens):
         inputs["gate_up_proj"].blocks[:] &= 0x77  # no minus
         inputs["gate_up_proj"].blocks[:] |= 0x11  # no zero
     with mk.backend(backend), torch.no_grad():
-        found = [call(t) for t in (draws[:1] if INTERPRETING else draws)]
+        found = [call(t) for t in draws]
     with mk.backend("reference"), torch.no_grad():
-        eager, truth = (
-            [call(wide(t, d)) for t in draws[: len(found)]] for d in (dtype, torch.float64)
-        )
+        eager, truth = ([call(wide(t, d)) for t in draws] for d in (dtype, torch.float64))
     testing.assert_close(*(torch.cat([y.flatten() for y in ys]) for ys in (found, eager, truth)))
     assert torch.cat(truth).isfinite().all()
 
