@@ -205,3 +205,4 @@ def _cut_torn_line(file) -> None:
         kept = start
     if kept != end:
         file.truncate(kept)
+    file.seek(kept)
