@@ -46,6 +46,13 @@ def text_keys(reports: Reports):
     return [store.text_key(text) for text in reports.references], said
 
 
+def text_annotations(reports: Reports, annotations):
+    """Values [N] of references and of generations, None for an empty one."""
+    meant, said = text_keys(reports)
+    found = lookup(annotations, meant + said)
+    return found[: len(meant)], found[len(meant) :]
+
+
 def pair_keys(reports: Reports) -> list:
     """Keys [N] of pairs, None where the generation is empty."""
     pairs = zip(reports.references, reports.generated, strict=True)
@@ -53,7 +60,7 @@ def pair_keys(reports: Reports) -> list:
 
 
 def radgraph_family(reports: Reports, annotations, casing="lower") -> list[Score]:
-    meant, said = (lookup(annotations, keys) for keys in text_keys(reports))
+    meant, said = text_annotations(reports, annotations)
     said = [EMPTY if graph is None else graph for graph in said]
     return radgraph_scores(meant, said, annotations.label, casing)
 
@@ -61,13 +68,13 @@ def radgraph_family(reports: Reports, annotations, casing="lower") -> list[Score
 def chexbert_labels(reports: Reports, annotations):
     """Labels fp64 [N, 14] of references and generations; nan rows for empty generations."""
     blank = [None] * len(LABELS)
-    pair = (lookup(annotations, keys) for keys in text_keys(reports))
-    return tuple(label_matrix(blank if v is None else v["labels"] for v in side) for side in pair)
+    sides = text_annotations(reports, annotations)
+    return tuple(label_matrix(blank if v is None else v["labels"] for v in side) for side in sides)
 
 
 def chexbert_family(reports: Reports, annotations, uncertain="positive") -> list[Score]:
     scores = chexbert_scores(*chexbert_labels(reports, annotations), annotations.label, uncertain)
-    meant, said = (lookup(annotations, keys) for keys in text_keys(reports))
+    meant, said = text_annotations(reports, annotations)
     meant = np.stack([decode_embedding(value["embedding"]) for value in meant])
     said = [
         np.zeros(meant.shape[1]) if v is None else decode_embedding(v["embedding"]) for v in said
@@ -109,7 +116,7 @@ def ratescore_family(reports: Reports, annotations) -> list[Score]:
     if annotations.kind == "ratescore":
         found = [v and v["score"] for v in lookup(annotations, pair_keys(reports))]
     else:
-        sides = [[_entities(v) for v in lookup(annotations, k)] for k in text_keys(reports)]
+        sides = [[_entities(v) for v in side] for side in text_annotations(reports, annotations)]
         affinity = annotations.params.get("affinity")
         if not isinstance(affinity, dict):
             raise ValueError(f"{annotations.label}: expected an affinity matrix, got none")
