@@ -52,7 +52,7 @@ def run(args) -> int:
     """Exit status; errors that the user can mend are one line on stderr."""
     try:
         return {"metrics": run_metrics, "annotate": run_annotate}[args.report_command](args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"medgpt eval {args.report_command}: {error}", file=sys.stderr)
         return 2
 
