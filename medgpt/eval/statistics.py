@@ -4,7 +4,8 @@ Every score here is a function of sums over questions, so one resampling serves 
 N questions, C clusters, K parts (what a question adds to the sums), R replicates.
 
 Standard errors: jackknife over clusters, which agrees with the sandwich of Miller, Adding Error
-Bars to Evals, 2024. Intervals: BCa over clusters (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 14).
+Bars to Evals, 2024. Intervals: BCa over clusters (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 14).
 """
 
 from collections.abc import Callable, Iterator, Sequence
