@@ -72,11 +72,18 @@ def folder(tmp_path):
 
 
 def run(capsys, *args):
-    """Exit status, standard output and standard error of `medgpt eval ARGS`."""
+    """Exit status, standard output and error of `medgpt eval ARGS`, as medgpt.cli ends it."""
     parser = argparse.ArgumentParser()
     cli.add_parsers(parser.add_subparsers(required=True))
-    parsed = parser.parse_args([str(arg) for arg in args])
-    return parsed.run(parsed), *capsys.readouterr()
+    parsed, status, message = parser.parse_args([str(arg) for arg in args]), 0, ""
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        status, message = 2, f"medgpt: {error}\n"
+    except SystemExit as end:
+        status = end.code
+    printed, error = capsys.readouterr()
+    return status, printed, error + message
 
 
 @pytest.fixture

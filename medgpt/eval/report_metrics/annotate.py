@@ -94,16 +94,13 @@ def _in_hub_cache(repo: str) -> bool:
 
 @contextlib.contextmanager
 def network(allowed: bool):
-    """The hub's client offline unless allowed."""
-    if allowed:
-        yield
-        return
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+    """The hub's client online or offline, whatever the process was before."""
     import huggingface_hub.constants as constants
 
-    was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "0" if allowed else "1"))
+    was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, not allowed
     try:
         yield
     finally:

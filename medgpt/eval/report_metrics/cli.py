@@ -48,16 +48,12 @@ def _reports_argument(parser) -> None:
     parser.add_argument("reports", help=text)
 
 
-def run(args) -> int:
-    """Exit status; errors that the user can mend are one line on stderr."""
-    try:
-        return {"metrics": run_metrics, "annotate": run_annotate}[args.report_command](args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"medgpt eval {args.report_command}: {error}", file=sys.stderr)
-        return 2
+def run(args) -> None:
+    """Runs one of the two; ends with status 1 where annotations could not be made."""
+    {"metrics": run_metrics, "annotate": run_annotate}[args.report_command](args)
 
 
-def run_annotate(args) -> int:
+def run_annotate(args) -> None:
     from medgpt.eval.report_metrics.annotate import NotAvailable, annotate
     from medgpt.eval.report_metrics.reports import read_reports
 
@@ -69,7 +65,7 @@ def run_annotate(args) -> int:
         options = {"model": args.model, "name": args.name, "device": args.device}
         try:
             done = annotate(reports, args.cache, kind, download=args.download, **options)
-        except NotAvailable as error:
+        except (NotAvailable, ImportError) as error:
             print(error, file=sys.stderr)
             status = 1
             continue
@@ -78,10 +74,11 @@ def run_annotate(args) -> int:
             f"{done['failed']} failed"
         )
         status = max(status, int(done["failed"] > 0))
-    return status
+    if status:
+        raise SystemExit(status)
 
 
-def run_metrics(args) -> int:
+def run_metrics(args) -> None:
     from medgpt.eval.report_metrics import table
     from medgpt.eval.report_metrics.evaluate import score_reports
     from medgpt.eval.report_metrics.reports import read_reports
@@ -98,27 +95,26 @@ def run_metrics(args) -> int:
             json.dump(document, file, indent=1, allow_nan=False)
     if args.per_report:
         table.write_per_report(args.per_report, reports, everything)
-    return 0
 
 
 def build(reports, scores, absent, args, annotators) -> tuple[dict, list]:
     """The document of a run, and all of its scores."""
     from medgpt.eval.report_metrics import table
-    from medgpt.eval.report_metrics.bootstrap import bootstrap, cluster_ids
+    from medgpt.eval.report_metrics.intervals import cluster_names, score_estimate
     from medgpt.eval.report_metrics.slices import slice_scores
 
     patients = reports.facts["patient"] if args.cluster == "patient" else reports.ids
-    clusters = cluster_ids(patients)
+    clusters = cluster_names(patients)
     options = {"replicates": args.replicates, "level": args.level, "seed": args.seed}
     probes, findings = _probes(reports, args, annotators)
     everything = [*scores, *probes]
-    intervals = bootstrap(everything, clusters, **options)
+    found = [score_estimate(score, clusters, **options) for score in everything]
     document = {
         "counts": table.counts(reports, clusters),
         **options,
         "cluster": args.cluster,
-        "scores": table.score_entries(scores, intervals[: len(scores)]),
-        "probes": table.score_entries(probes, intervals[len(scores) :]),
+        "scores": table.score_entries(scores, found[: len(scores)]),
+        "probes": table.score_entries(probes, found[len(scores) :]),
         "findings": findings,
         "absent": absent,
         "slices": [

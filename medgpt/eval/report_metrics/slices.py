@@ -1,15 +1,16 @@
 """Fairness slices: every score per age band, sex and site, with counts and intervals.
 
-M groups of N reports. Groups whose fact is unknown are shown as "unknown", not left out; the gap of
-a group is its value minus that of all other reports, on the same resamples.
+N reports. Reports whose fact is unknown are a group "unknown", not left out; the gap of a group is
+its value minus that of all other reports, on the same draws of patients.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from medgpt.eval.report_metrics.bootstrap import Interval, bootstrap, replicate_values
+from medgpt.eval.report_metrics.intervals import gap_estimate, score_estimate
 from medgpt.eval.report_metrics.reports import Reports
+from medgpt.eval.statistics import Estimate
 
 AGE_BANDS = (18, 40, 65, 80)
 FEW_CLUSTERS = 10
@@ -20,21 +21,21 @@ class Slice(NamedTuple):
 
     Attributes:
         fact, group, score: "age", "40-64", the score's name.
-        interval: of the group.
-        gap: value of the group minus that of the rest, its interval; nan where there is no rest.
+        estimate: of the group.
+        gap: the group's value minus the rest's; nan where there is no rest.
         few: fewer than FEW_CLUSTERS patients: the interval says little.
     """
 
     fact: str
     group: str
     score: str
-    interval: Interval
-    gap: Interval
+    estimate: Estimate
+    gap: Estimate
     few: bool
 
 
 def age_band(age) -> str:
-    """ "0-17", "18-39", ..., "80+", of whole years begun."""
+    """ "0-17", "18-39", "40-64", "65-79" or "80+", of an age in years."""
     edges = (0, *AGE_BANDS)
     at = max(i for i, edge in enumerate(edges) if age >= edge)
     return f"{edges[at]}+" if at == len(AGE_BANDS) else f"{edges[at]}-{edges[at + 1] - 1}"
@@ -59,38 +60,15 @@ def slice_scores(reports: Reports, scores, clusters, fact: str, **options) -> li
 
     Args:
         reports, scores: N reports and their scores.
-        clusters: int64 [N].
+        clusters: [N], of cluster_names.
         fact: "age", "sex" or "site".
-        options: replicates, level, seed of bootstrap.
+        options: level, replicates, seed.
     """
-    found = groups(reports, fact)
-    masks = np.stack(list(found.values()))
-    intervals = bootstrap(scores, clusters, masks=masks, **options)
-    gaps = _gaps(scores, clusters, masks, **options)
-    return [
-        Slice(fact, group, score.name, intervals[m][s], gaps[m][s], _few(clusters, masks[m]))
-        for m, group in enumerate(found)
-        for s, score in enumerate(scores)
-    ]
-
-
-def _few(clusters, mask) -> bool:
-    return len(np.unique(clusters[mask])) < FEW_CLUSTERS
-
-
-def _gaps(scores, clusters, masks, replicates=1000, level=0.95, seed=0) -> list:
-    """[M][S] Interval of group minus rest."""
-    both = np.concatenate([masks, ~masks])
-    inside, outside = np.split(replicate_values(scores, clusters, both, replicates, seed), 2)
-    tail = 100 * (1 - level) / 2
-    table = []
-    for m, mask in enumerate(masks):
-        row = []
-        for s, score in enumerate(scores):
-            draws = inside[m, s] - outside[m, s]
-            draws = draws[np.isfinite(draws)]
-            value = score.of(mask) - score.of(~mask) if not mask.all() else float("nan")
-            low, high = np.percentile(draws, [tail, 100 - tail]) if len(draws) else (np.nan, np.nan)
-            row.append(Interval(value, float(low), float(high), int(mask.sum()), 0))
-        table.append(row)
-    return table
+    found = []
+    for group, mask in groups(reports, fact).items():
+        for score in scores:
+            inside = score_estimate(score, clusters, mask, **options)
+            gap = gap_estimate(score, clusters, mask, **options)
+            few = inside.clusters < FEW_CLUSTERS
+            found.append(Slice(fact, group, score.name, inside, gap, few))
+    return found

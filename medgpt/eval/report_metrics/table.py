@@ -5,22 +5,23 @@ import math
 
 import numpy as np
 
-from medgpt.eval.report_metrics.bootstrap import Interval
 from medgpt.eval.report_metrics.radcliq import inverse, inverse_interval
 from medgpt.eval.report_metrics.reports import Reports
+from medgpt.eval.statistics import Estimate
 
 INVERSE_VARIANT = "1 / mean(y) of radcliq_v1; no interval where that of y holds 0"
 
 
-def entry(name, variant, better, bounds, interval: Interval) -> dict:
+def entry(name, variant, better, bounds, found: Estimate) -> dict:
     """One line of the document; null where a number is not finite."""
     return {
         "metric": name,
-        "value": _finite(interval.value),
-        "low": _finite(interval.low),
-        "high": _finite(interval.high),
-        "reports": interval.reports,
-        "clusters": interval.clusters,
+        "value": _finite(found.value),
+        "se": _finite(found.se),
+        "low": _finite(found.low),
+        "high": _finite(found.high),
+        "reports": found.n,
+        "clusters": found.clusters,
         "better": better,
         "range": [_finite(bound) for bound in bounds],
         "variant": variant,
@@ -31,15 +32,16 @@ def _finite(number):
     return float(number) if math.isfinite(number) else None
 
 
-def score_entries(scores, intervals) -> list[dict]:
+def score_entries(scores, estimates) -> list[dict]:
     """Of each score, with 1/RadCliQ-v1 behind RadCliQ-v1."""
     lines = []
-    for score, interval in zip(scores, intervals, strict=True):
-        lines.append(entry(score.name, score.variant, score.better, score.range, interval))
+    for score, found in zip(scores, estimates, strict=True):
+        lines.append(entry(score.name, score.variant, score.better, score.range, found))
         if score.name == "radcliq_v1":
-            low, high = inverse_interval(interval.low, interval.high)
-            turned = interval._replace(value=inverse(interval.value), low=low, high=high)
-            better = "higher" if interval.value > 0 else "not ordered"
+            low, high = inverse_interval(found.low, found.high)
+            value = inverse(found.value)
+            turned = found._replace(value=value, se=math.nan, low=low, high=high)
+            better = "higher" if found.value > 0 else "not ordered"
             bounds = (-math.inf, math.inf)
             lines.append(entry("1/radcliq_v1", INVERSE_VARIANT, better, bounds, turned))
     return lines
@@ -108,12 +110,12 @@ def slice_rows(slices) -> list[dict]:
         {
             "group": part.group,
             "metric": part.score,
-            **{name: _finite(getattr(part.interval, name)) for name in ("value", "low", "high")},
+            **{name: _finite(getattr(part.estimate, name)) for name in ("value", "low", "high")},
             "gap": _finite(part.gap.value),
             "gap_low": _finite(part.gap.low),
             "gap_high": _finite(part.gap.high),
-            "reports": part.interval.reports,
-            "clusters": part.interval.clusters,
+            "reports": part.estimate.n,
+            "clusters": part.estimate.clusters,
             "few": part.few,
         }
         for part in slices
