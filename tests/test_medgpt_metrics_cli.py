@@ -332,3 +332,53 @@ def test_bertscore_by_a_local_model(file, tmp_path, capsys):
     assert found[cache.pair_key(EFFUSION, EFFUSION)]["f1"] == pytest.approx(1)
     assert found[cache.pair_key(NORMAL, SAID)]["f1"] < 0.99
     assert found.params["num_layers"] == 2
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_hub_is_online_only_where_it_was_asked_for(monkeypatch, before, allowed):
+    import os
+
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if before:
+        monkeypatch.setenv("HF_HUB_OFFLINE", before)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", before is not None)
+    with annotate.network(allowed):
+        assert constants.is_offline_mode() is not allowed
+        assert os.environ["HF_HUB_OFFLINE"] == "01"[not allowed]
+    assert constants.is_offline_mode() is (before is not None)
+    assert os.environ.get("HF_HUB_OFFLINE") == before
+
+
+@pytest.mark.slow
+def test_a_thousand_real_reports(tmp_path, capsys):
+    from material import reports
+
+    texts = reports(1000)
+    rows = [
+        {"id": str(at), "reference": text, "generated": None if at % 50 == 0 else texts[at - 1]}
+        for at, text in enumerate(texts)
+    ]
+    path = tmp_path / "reports.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    status, printed, _ = run(capsys, "metrics", path, "--json", tmp_path / "out")
+    assert status == 0
+    assert "20 missing and 0 blank" in printed
+    found = {line["metric"]: line for line in json.loads((tmp_path / "out").read_text())["scores"]}
+    assert len(found) == 7
+    assert all(0 < line["low"] < line["value"] < line["high"] for line in found.values())
+    assert all(line["reports"] == 1000 for line in found.values())
+
+
+def test_the_example_of_the_docs_and_its_names(folder, capsys):
+    from pathlib import Path
+
+    page = (Path(__file__).parent.parent / "docs" / "report_metrics.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("bleu_1 ")
+    scores, _ = score_reports(make_reports(ROWS), folder)
+    for score in scores:
+        family = "chexbert_f1" if score.name.startswith("chexbert_f1") else score.name
+        assert f"`{family}" in page or family in ("bleu_2", "bleu_3"), score.name
