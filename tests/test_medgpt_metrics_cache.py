@@ -1,5 +1,6 @@
 """The annotation cache: what it keeps, what it refuses, what a kill leaves."""
 
+import fcntl
 import json
 import os
 import stat
@@ -76,18 +77,25 @@ def test_a_file_torn_within_its_header_starts_anew(tmp_path):
     assert dict(cache.read(tmp_path, "radgraph", "radgraph")) == {KEY: GRAPH}
 
 
-def test_two_writers_lose_nothing(tmp_path):
+def test_a_second_writer_waits(tmp_path):
+    add(tmp_path, [(KEY, GRAPH)])
     code = (
         "import sys; from medgpt.eval.report_metrics import cache\n"
-        "for at in range(40):\n"
-        "    key = cache.text_key(f'{sys.argv[2]} {at}')\n"
-        "    entry = [(key, {'score': at / 40})]\n"
-        "    cache.append(sys.argv[1], 'ratescore', 'long', {}, entry)\n"
+        "print('ready', flush=True)\n"
+        "entry = (cache.text_key('other'), {'entities': {}})\n"
+        "params = {'package': 'radgraph', 'model': 'radgraph'}\n"
+        "cache.append(sys.argv[1], 'radgraph', 'radgraph', params, [entry])\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    writers = [subprocess.Popen([*command, name]) for name in ("a", "b")]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    assert len(cache.read(tmp_path, "ratescore", "long")) == 80
+    with open(tmp_path / "radgraph.radgraph.jsonl", "rb") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as second:
+            assert second.stdout.readline() == b"ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(timeout=1)
+            fcntl.flock(first, fcntl.LOCK_UN)
+            assert second.wait(timeout=60) == 0
+    assert len(cache.read(tmp_path, "radgraph", "radgraph")) == 2
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "a..b", "a\n", "a b", "\0"])
