@@ -177,10 +177,10 @@ def test_uncertain_and_swapped_sides_are_noticed():
     other = chexbert.chexbert_scores(meant, said, "x", "negative")
     assert ours[0].value != pytest.approx(other[0].value, abs=1e-3)
     totals = dict(zip(ours[0].columns, ours[0].parts.sum(0), strict=True))
-    at = chexbert.LABELS.index("Edema")
+    at = chexbert.LABELS.index("Cardiomegaly")
     meant, said = (np.isin(labels[:, at], (1, -1)) for labels in (meant, said))
     cells = {"tp": meant & said, "fp": ~meant & said, "fn": meant & ~said}
-    assert {name: totals[f"{name}:Edema"] for name in cells} == {
+    assert {name: totals[f"{name}:Cardiomegaly"] for name in cells} == {
         n: c.sum() for n, c in cells.items()
     }
     assert cells["fp"].sum() != cells["fn"].sum()
