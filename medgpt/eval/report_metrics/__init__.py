@@ -1,0 +1,1 @@
+"""Metrics of generated radiology reports, in numpy from an annotation cache or from text alone."""
