@@ -30,6 +30,15 @@ def test_gpt_oss_example_runs():
     assert names["cache"].get_seq_length() == 351
 
 
+def test_medgpt_example_runs():
+    pytest.importorskip("transformers")
+    names = {}
+    exec(compile(EXAMPLES[3], "README.md", "exec"), names)
+    answer = names["answer"]
+    assert next(iter(answer)) == "research_use_only"
+    assert answer["usage"]["image_tokens"] == 1440
+
+
 def test_examples_are_short():
     assert all(len(code.splitlines()) <= 20 for code in EXAMPLES)
 
