@@ -1,4 +1,7 @@
-"""The command `medgpt`: make a checkpoint, look into it, ask it. It never uses a network."""
+"""The command `medgpt`: make a checkpoint, look into it, ask it, evaluate it.
+
+It uses a network only where `eval` is given a hub or a remote model.
+"""
 
 import argparse
 import json
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 from medgpt import NOTICE
+from medgpt.eval import cli as evaluation
 
 EXAMPLES = """
   medgpt init --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out medgpt
@@ -49,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     _convert_parser(commands.add_parser("convert", help="from InternVL's names, or to them"))
     _generate_parser(commands.add_parser("generate", help="answer one prompt"))
     _chat_parser(commands.add_parser("chat", help="talk in the terminal"))
+    evaluation.add_parsers(commands)
     info = commands.add_parser("info", help="what a checkpoint is")
     info.add_argument("directory")
     info.add_argument("--json", action="store_true")
