@@ -48,7 +48,9 @@ def add_parsers(subparsers) -> None:
     add("--log-samples", action="store_true", help="texts into inspect's log, for its viewer")
     other = sub.add_argument_group("contamination")
     other.add_argument("--train", metavar="PATH", help="rows that were trained on, .jsonl")
-    other.add_argument("--run", metavar="DIR", help="a run, for clean and dirty accuracy")
+    other.add_argument(
+        "--run", metavar="DIR", dest="folder", help="a run, for clean and dirty accuracy"
+    )
     other.add_argument("--examples", action="store_true", help="list ids of contaminated rows")
     sub.add_argument("--json", action="store_true", help="compare, tasks, contamination: as JSON")
     sub.set_defaults(run=run)
@@ -194,7 +196,7 @@ def _contamination(args) -> None:
     found = {}
     for name in names:
         loaded = load(get(name), sources[name], images=args.images, drop_images=args.drop_images)
-        run = Path(args.run) / "records" / f"{name}.jsonl" if args.run else None
+        run = Path(args.folder) / "records" / f"{name}.jsonl" if args.folder else None
         found[name] = check(loaded.questions, args.train, records=run, seed=args.seed)
         if not args.examples:
             found[name].pop("ids")
