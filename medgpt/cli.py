@@ -24,7 +24,8 @@ EFFORTS = ("low", "medium", "high")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    args = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(evaluation.spelled(arguments))
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
     try:

@@ -332,12 +332,13 @@ def test_clean_and_dirty_accuracy(runs):
 def test_the_command_without_a_model(tmp_path, capsys):
     assert main(["eval", "tasks", "--json"]) == 0
     assert {row["task"] for row in json.loads(capsys.readouterr().out)} >= {"medqa", "medframeqa"}
+    model = ["--model", "x", "--out", "y"]
     for arguments, message in (
-        (["nosuch"], "expected one of"),
-        (["medqa"], "expected --model and --out"),
-        (["medqa", "--model", "x", "--out", "y"], "expected a path or hub for medqa"),
-        (["compare", "a"], "expected two runs"),
-        (["report"], "expected runs and --out"),
+        (["nosuch", *model], "expected one of"),
+        (["medqa", *model], "expected a path or hub for medqa"),
+        (["medqa", "medmcqa", "--data", "x", *model], "expected TASK=PATH"),
+        (["medqa", "--data", str(tmp_path / "no"), *model], "got no, not there"),
+        (["report", str(tmp_path), "--out", "y"], "without results"),
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -16,25 +16,65 @@ EXAMPLES = """examples:
 """
 
 
+COMMANDS = ("run", "tasks", "report", "compare", "contamination", "metrics", "annotate")
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`eval TASK ...` as `eval run TASK ...`."""
+    head, rest = arguments[:1], arguments[1:]
+    if head == ["eval"] and rest and rest[0] not in (*COMMANDS, "-h", "--help"):
+        return ["eval", "run", *rest]
+    return arguments
+
+
 def add_parsers(subparsers) -> None:
-    """The subcommand `eval`."""
-    sub = subparsers.add_parser(
+    """The subcommand `eval` and its own."""
+    top = subparsers.add_parser(
         "eval",
         help="benchmarks with honest statistics",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = sub.add_argument
-    add(
-        "what", nargs="+", help="tasks; or tasks | report RUN... | compare A B | contamination TASK"
-    )
-    add("--out", metavar="DIR", help="of the run, or of the report; a run there is gone on with")
-    asked = sub.add_argument_group("asking")
-    add = asked.add_argument
-    add("--model", help="medgpt:DIR, transformers:DIR or any name that inspect_ai knows")
+    commands = top.add_subparsers(required=True, metavar="COMMAND | TASK...")
+    _run_parser(commands.add_parser("run", help="ask the questions of tasks; the word may go"))
+    tasks = commands.add_parser("tasks", help="what can be asked")
+    tasks.add_argument("--json", action="store_true")
+    tasks.set_defaults(run=_tasks)
+    report = commands.add_parser("report", help="runs side by side, with the paper's figures")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--out", required=True, metavar="DIR")
+    report.set_defaults(run=_report)
+    compare = commands.add_parser("compare", help="two runs on the same questions")
+    compare.add_argument("runs", nargs=2, metavar="RUN")
+    compare.add_argument("--seed", type=int, default=0)
+    compare.add_argument("--json", action="store_true")
+    compare.set_defaults(run=_compare)
+    found = commands.add_parser("contamination", help="questions that a training set holds")
+    add = found.add_argument
+    _data_arguments(add)
+    add("--train", required=True, metavar="PATH", help="rows that were trained on, .jsonl")
+    add("--run", metavar="DIR", dest="folder", help="a run, for clean and dirty accuracy")
+    add("--examples", action="store_true", help="list ids of contaminated questions")
+    add("--seed", type=int, default=0)
+    found.set_defaults(run=_contamination)
+
+
+def _data_arguments(add) -> None:
+    add("tasks", nargs="+", metavar="TASK")
     add("--data", action="append", default=[], metavar="[TASK=]PATH", help="file, folder or hub")
     add("--images", metavar="DIR", help="that image paths are relative to; default the data's")
     add("--drop-images", action="store_true", help="ask without them; the report says so")
+
+
+def _run_parser(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    _data_arguments(add)
+    add(
+        "--model",
+        required=True,
+        help="medgpt:DIR, transformers:DIR or any name that inspect_ai knows",
+    )
+    add("--out", required=True, metavar="DIR", help="of the run; one that is there is gone on with")
     add("--limit", type=int, metavar="N", help="the first N questions")
     add("--shots", type=int, metavar="N", help="examples; default the task's own number")
     add("--shots-data", metavar="PATH", help="where they come from; default the task's own rows")
@@ -46,22 +86,7 @@ def add_parsers(subparsers) -> None:
     add("--cache", metavar="DIR", help="of completions, shared by runs; default in --out")
     add("--model-arg", action="append", default=[], metavar="NAME=VALUE", help="as dtype=float32")
     add("--log-samples", action="store_true", help="texts into inspect's log, for its viewer")
-    other = sub.add_argument_group("contamination")
-    other.add_argument("--train", metavar="PATH", help="rows that were trained on, .jsonl")
-    other.add_argument(
-        "--run", metavar="DIR", dest="folder", help="a run, for clean and dirty accuracy"
-    )
-    other.add_argument("--examples", action="store_true", help="list ids of contaminated rows")
-    sub.add_argument("--json", action="store_true", help="compare, tasks, contamination: as JSON")
-    sub.set_defaults(run=run)
-
-
-def run(args) -> None:
-    commands = {"report": _report, "compare": _compare, "contamination": _contamination}
-    if args.what == ["tasks"]:
-        _tasks(args)
-    else:
-        commands.get(args.what[0], _ask)(args)
+    sub.set_defaults(run=_ask)
 
 
 def _tasks(args) -> None:
@@ -102,10 +127,8 @@ def _ask(args) -> None:
     from medgpt.eval.plan import plan
     from medgpt.eval.tasks import get
 
-    chosen = [get(name) for name in args.what]
-    if not args.model or not args.out:
-        raise ValueError("eval: expected --model and --out, got none")
-    sources = _sources(args, args.what)
+    chosen = [get(name) for name in args.tasks]
+    sources = _sources(args, args.tasks)
     plans = [
         plan(
             task,
@@ -170,18 +193,14 @@ def _line(result: dict) -> str:
 def _report(args) -> None:
     from medgpt.eval.report import write_report
 
-    if not args.out or len(args.what) < 2:
-        raise ValueError("eval report: expected runs and --out, got none")
-    for path in write_report(args.what[1:], args.out):
+    for path in write_report(args.runs, args.out):
         print(path)
 
 
 def _compare(args) -> None:
     from medgpt.eval.report import compare_runs, compared_markdown
 
-    if len(args.what) != 3:
-        raise ValueError(f"eval compare: expected two runs, got {len(args.what) - 1}")
-    found = compare_runs(args.what[1], args.what[2], seed=args.seed)
+    found = compare_runs(*args.runs, seed=args.seed)
     print(json.dumps(found, indent=1) if args.json else compared_markdown(found))
 
 
@@ -189,12 +208,9 @@ def _contamination(args) -> None:
     from medgpt.eval.contamination import check
     from medgpt.eval.tasks import get, load
 
-    names = args.what[1:]
-    if not names or not args.train:
-        raise ValueError("eval contamination: expected tasks and --train, got none")
-    sources = _sources(args, names)
+    sources = _sources(args, args.tasks)
     found = {}
-    for name in names:
+    for name in args.tasks:
         loaded = load(get(name), sources[name], images=args.images, drop_images=args.drop_images)
         run = Path(args.folder) / "records" / f"{name}.jsonl" if args.folder else None
         found[name] = check(loaded.questions, args.train, records=run, seed=args.seed)

@@ -250,16 +250,16 @@ def run_task(
 
 
 def _reports(made: Plan, answers: Sequence[Completion]) -> list[dict]:
-    """What report metrics read: reference and prediction, with texts."""
+    """What `medgpt eval metrics` reads: texts, and whose they are."""
     from medgpt.eval.answers import final_text
 
     return [
         {
             "id": q.id,
             "patient": q.cluster or None,
-            "groups": dict(q.groups),
+            **q.facts,
             "reference": q.answer,
-            "prediction": final_text(answer.text)[0],
+            "generated": final_text(answer.text)[0],
         }
         for q, answer in zip(made.questions, answers, strict=True)
     ]

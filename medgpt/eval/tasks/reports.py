@@ -13,6 +13,7 @@ def _common(row, number: int) -> dict:
         "kind": "report",
         "cluster": optional(row, "subject_id", "patient_id", "patient"),
         "groups": {name: value for name in SLICES if (value := optional(row, name))},
+        "facts": {name: row[name] for name in (*SLICES, "labels") if row.get(name) is not None},
     }
 
 
