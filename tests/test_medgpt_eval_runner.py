@@ -176,7 +176,7 @@ def test_a_text_model_refuses_images(frames, tmp_path):
     assert isinstance(AutoTokenizer.from_pretrained(folder), PreTrainedTokenizerFast)
     model, identity = runner.open_model(f"transformers:{folder}")
     made = plan(get("medframeqa"), frames, limit=4)
-    with pytest.raises(RuntimeError, match=r"expected text only, got images; the same command"):
+    with pytest.raises(RuntimeError, match=r"expected text only, got images.*the same command"):
         runner.run_task(made, model, identity, tmp_path / "out")
     made = plan(get("medframeqa"), frames, limit=4, drop_images=True)
     result = runner.run_task(made, model, identity, tmp_path / "out")
@@ -185,19 +185,34 @@ def test_a_text_model_refuses_images(frames, tmp_path):
 
 
 def test_a_peer_of_inspect(frames, tmp_path):
-    """Any model that inspect_ai knows; its own stand-in always says the same."""
+    """Any model that inspect_ai knows; this one always says A and counts what it is sent."""
+    from inspect_ai.log import list_eval_logs, read_eval_log
+    from inspect_ai.model import ModelAPI, ModelOutput, modelapi
+
     from medgpt.eval import runner
 
-    model, identity = runner.open_model("mockllm/model")
+    sent = []
+
+    @modelapi(name="always_a")
+    class AlwaysA(ModelAPI):
+        async def generate(self, input, tools, tool_choice, config):
+            parts = input[0].content
+            sent.append([p.image for p in parts if p.type == "image"])
+            return ModelOutput.from_content("always_a", "**A**")
+
+    model, identity = runner.open_model("always_a/model")
     made = plan(get("medframeqa"), frames)
     result = runner.run_task(made, model, identity, tmp_path / "out", log_samples=True)
-    assert result["metrics"]["accuracy"]["value"] == 0
-    assert result["unparsed_reasons"] == {"unreadable": QUESTIONS}
-    from inspect_ai.log import list_eval_logs, read_eval_log
-
+    assert result["metrics"]["accuracy"]["value"] == 0.5
+    assert result["baselines"]["position_bias"] == 0.5
+    assert sorted(map(len, sent)) == sorted(len(q.images) for q in made.questions)
+    assert all(uri.startswith("data:image/png;base64,") for images in sent for uri in images)
     log = read_eval_log(list_eval_logs(str(tmp_path / "out" / "inspect"))[0])
     assert len(log.samples) == QUESTIONS
-    assert sum(p.type == "image" for p in log.samples[3].messages[0].content) == 5
+    scores = {m.name: m.value for m in log.results.scores[0].metrics.values()}
+    assert scores["accuracy"] == 0.5
+    assert runner.run_task(made, model, identity, tmp_path / "out")["timing"]["asked"] == 0
+    assert len(sent) == QUESTIONS
 
 
 @pytest.mark.skipif(

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medgpt.cli import main
+from medgpt.cli import main, parser
 from medgpt.eval import contamination
+from medgpt.eval.cli import spelled
 from medgpt.eval.journal import Completion, Journal
 from medgpt.eval.published import MODELS, TABLE, published
 from medgpt.eval.questions import Question
@@ -356,3 +358,12 @@ def test_help_waits_for_nothing():
     code = f"import sys, medgpt.cli; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_commands_of_the_docs_parse():
+    text = (Path(__file__).parents[1] / "docs" / "medgpt_eval.md").read_text()
+    block = text[text.index("```bash") : text.index("```\n\n**Models")]
+    lines = [line.split("#")[0].split() for line in block.split("\n") if line.startswith("medgpt ")]
+    assert len(lines) == 6
+    for line in lines:
+        assert callable(parser().parse_args(spelled(line[1:])).run)
