@@ -118,6 +118,11 @@ def test_medgpt_in_process_killed_and_resumed(tiny, frames, tmp_path):
     # no question, option or completion outside `answers`
     for path in (p for p in cut.rglob("*") if p.is_file() and p.parent.name != "answers"):
         assert b"Which of" not in path.read_bytes()
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    logs = [read_eval_log(log).model_dump_json() for log in list_eval_logs(str(cut / "inspect"))]
+    assert logs
+    assert not any("Which of" in log for log in logs)
 
 
 def test_every_image_reaches_the_model(tiny, frames):

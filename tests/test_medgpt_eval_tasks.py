@@ -327,6 +327,20 @@ def test_bad_files_say_what_and_quote_nothing(tmp_path):
         options_of({"A": "x", "C": "y"})
 
 
+def test_slices_of_rows_that_carry_them(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    row = ROWS["mimic_cxr_impression"][0]
+    rows = [
+        {**row, "id": "1", "age": 67, "sex": "F", "site": "ward"},
+        {**row, "id": "2", "age": None},
+    ]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first, second = load(get("mimic_cxr_impression"), data).questions
+    assert first.groups == {"age": "60-69", "sex": "F", "site": "ward"}
+    assert first.facts == {"age": 67, "sex": "F", "site": "ward"}
+    assert second.groups == {}
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.png").write_bytes(png(1))
