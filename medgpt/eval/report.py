@@ -9,8 +9,8 @@ from medgpt.eval.published import MIMIC_FINDINGS, MODELS, NOT_ACCURACY, SOURCE, 
 from medgpt.eval.statistics import compare, holm
 
 NOTICE = (
-    "Intervals are 95 %, BCa over clusters (image, patient, case). Unparsed answers count as wrong; "
-    "cut ones reached the limit of tokens. Published figures were not measured here."
+    "Intervals are 95 %, BCa over clusters (image, patient, case). Unparsed answers are wrong. "
+    "Cut ones reached the limit of tokens. Published figures were not measured here."
 )
 
 

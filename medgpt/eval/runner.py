@@ -143,6 +143,7 @@ def open_model(name: str, **model_args):
         if not path.exists():
             raise ValueError(f"--model: expected a checkpoint, got {rest}, not there")
         identity = {"model": f"{provider}:{path.name}", "sha256": providers.fingerprint(path)}
+        identity["args"] = dict(model_args)
         return get_model(f"{provider}/{path}", memoize=False, **model_args), identity
     model = get_model(name, **model_args)
     return model, {"model": name, "base_url": model.api.base_url, "args": dict(model_args)}
