@@ -1,4 +1,7 @@
-"""The command `medgpt`: make a checkpoint, look into it, ask it. It never uses a network."""
+"""The command `medgpt`: make a checkpoint, look into it, ask it, evaluate it.
+
+It uses a network only where `eval` is given a hub or a remote model.
+"""
 
 import argparse
 import contextlib
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from medgpt import NOTICE
 from medgpt.data import cli as data_cli
+from medgpt.eval import cli as evaluation
 
 EXAMPLES = """
   medgpt init --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out medgpt
@@ -23,7 +27,8 @@ EFFORTS = ("low", "medium", "high")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    args = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(evaluation.spelled(arguments))
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
     try:
@@ -53,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _generate_parser(commands.add_parser("generate", help="answer one prompt"))
     _chat_parser(commands.add_parser("chat", help="talk in the terminal"))
     data_cli.add_parsers(commands)
+    evaluation.add_parsers(commands)
     info = commands.add_parser("info", help="what a checkpoint is")
     info.add_argument("directory")
     info.add_argument("--json", action="store_true")

@@ -116,6 +116,9 @@ def test_all_right_is_not_certainty():
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
     found = accuracy(np.zeros(20))
     assert found.high == pytest.approx(stats.binomtest(0, 20).proportion_ci(0.95).high)
+    ties = compare(np.ones(20), np.ones(20))
+    assert (ties.difference.low, ties.difference.high) == (-found.high, found.high)
+    assert (ties.p, ties.p_mcnemar) == (1.0, 1.0)
     assert np.isnan(accuracy([1.0]).low)
     assert np.isnan(accuracy([]).value)
 

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, answers, statistics, reports of runs."""

@@ -30,6 +30,7 @@ class Question(NamedTuple):
         images: encoded bytes or paths, in order.
         cluster: what several questions share: an image, a patient, a case.
         groups: {field: value} for tables by subgroup.
+        facts: of a report, for its metrics: age, sex, site, the image's labels.
         variant: of the task's prompt, such as a language.
     """
 
@@ -42,6 +43,7 @@ class Question(NamedTuple):
     images: tuple[Picture, ...] = ()
     cluster: str = ""
     groups: Mapping[str, str] = {}
+    facts: Mapping = {}
     variant: str = ""
 
 

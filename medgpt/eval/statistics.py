@@ -108,6 +108,7 @@ def estimate(
     combine: Callable[[np.ndarray], np.ndarray] = ratio,
     clusters: Sequence | None = None,
     *,
+    lowest: float = 0.0,
     level: float = 0.95,
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -118,10 +119,11 @@ def estimate(
         parts: [N, K].
         combine: sums [..., K] -> score [...].
         clusters: N names.
+        lowest: of the score: 0 or, of a difference, -1.
         level, replicates, seed: of the interval.
 
-    Where every cluster says the same (all right, all wrong) the bootstrap has nothing to draw
-    from; the interval is then Clopper and Pearson's with as many trials as clusters.
+    Where every cluster says the same (all right, all wrong, all ties) the bootstrap has nothing to
+    draw from; the interval is then Clopper and Pearson's with as many trials as clusters.
     """
     sums = cluster_sums(parts, clusters)
     count, total = len(sums), sums.sum(0)
@@ -137,7 +139,7 @@ def estimate(
         if value not in (0.0, 1.0):
             return nothing._replace(se=0.0, low=value, high=value)
         edge = 1 - ((1 - level) / 2) ** (1 / count)
-        low, high = (1 - edge, 1.0) if value == 1 else (0.0, edge)
+        low, high = (1 - edge, 1.0) if value == 1 else (max(-edge, lowest), edge)
         return nothing._replace(se=0.0, low=low, high=high)
     drawn = np.concatenate([combine(w @ sums) for w in _draws(count, replicates, seed)])
     drawn = drawn[np.isfinite(drawn)]
@@ -174,7 +176,8 @@ def compare(
     if a.shape != b.shape:
         raise ValueError(f"compare: expected the same questions, got {len(a)} and {len(b)}")
     parts = np.stack([a - b, np.ones_like(a)], 1)
-    difference = estimate(parts, ratio, clusters, level=level, replicates=replicates, seed=seed)
+    options = {"level": level, "replicates": replicates, "seed": seed}
+    difference = estimate(parts, ratio, clusters, lowest=-1.0, **options)
     p = _bootstrap_p(cluster_sums(parts, clusters), replicates, seed)
     a_only, b_only = int(np.sum((a == 1) & (b == 0))), int(np.sum((a == 0) & (b == 1)))
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())

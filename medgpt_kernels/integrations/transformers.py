@@ -107,7 +107,7 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
     """Put fused rotary, attention, routing and experts into the gpt-oss layers, in place.
 
     The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay. On
-    the CPU, the projections around attention and the head get a kernel for a few rows of fp32 or bf16.
+    the CPU, the projections around attention and the head get a kernel for few rows, fp32 or bf16.
 
     Args:
         model: any module.

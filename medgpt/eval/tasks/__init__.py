@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medgpt.eval.prompts import Prompt
-from medgpt.eval.questions import Question, Rejected
+from medgpt.eval.questions import Question, Rejected, optional
 from medgpt.eval.sources import Rows, read_hub, read_rows
 
 
@@ -93,7 +93,7 @@ def load(
             reasons[str(why)] = reasons.get(str(why), 0) + 1
             continue
         if question is not None:
-            questions.append(question)
+            questions.append(question._replace(groups={**question.groups, **_slices(row)}))
     if not questions:
         raise ValueError(
             f"{task.name}: expected questions, got none of {len(rows.rows)}: {reasons}"
@@ -112,6 +112,15 @@ def load(
         "images_dropped": drop_images,
     }
     return Loaded(questions, report)
+
+
+def _slices(row: Mapping) -> dict[str, str]:
+    """Age by decade, sex and site of a row that has them, for tables by subgroup."""
+    found = {name: value for name in ("sex", "site") if (value := optional(row, name))}
+    age = optional(row, "age")
+    if age.split(".")[0].isdigit():
+        found["age"] = f"{int(float(age)) // 10 * 10:02d}-{int(float(age)) // 10 * 10 + 9:02d}"
+    return found
 
 
 def _is_image(column: str) -> bool:

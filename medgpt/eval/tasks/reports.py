@@ -4,7 +4,7 @@ from medgpt.eval.prompts import FINDINGS, IMPRESSION
 from medgpt.eval.questions import Question, Rejected, optional, pictures
 from medgpt.eval.tasks import Task
 
-SLICES = ("age", "sex", "site")
+FACTS = ("age", "sex", "site", "labels")
 
 
 def _common(row, number: int) -> dict:
@@ -12,7 +12,7 @@ def _common(row, number: int) -> dict:
         "id": optional(row, "study_id", "id", "uid") or str(number),
         "kind": "report",
         "cluster": optional(row, "subject_id", "patient_id", "patient"),
-        "groups": {name: value for name in SLICES if (value := optional(row, name))},
+        "facts": {name: row[name] for name in FACTS if row.get(name) is not None},
     }
 
 
