@@ -19,6 +19,7 @@ from medgpt_kernels import testing
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(p.parent.name for p in (ROOT / "medgpt_kernels").glob("*/triton.py"))
 FILES = ["test_interpreter.py", *(f"test_{op}.py" for op in OPS)]
+SHARE = 4  # of an op's tests, one in so many runs by default, all of them under `slow`
 EVERY_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
 
 pytest.importorskip("triton")
@@ -26,7 +27,7 @@ inside = pytest.mark.skipif(not testing.interpreting(), reason="runs under TRITO
 outside = pytest.mark.skipif(testing.interpreting(), reason="starts the interpreter itself")
 
 
-def interpret(*command: str) -> subprocess.CompletedProcess:
+def interpret(*command: str, share: int = 1) -> subprocess.CompletedProcess:
     """Run Python with Triton interpreted; a backend that cannot serve a call is an error there."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("MEDGPT_KERNELS_")}
     return subprocess.run(
@@ -37,6 +38,7 @@ def interpret(*command: str) -> subprocess.CompletedProcess:
             "MEDGPT_KERNELS_STRICT": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
+            "MEDGPT_TEST_SHARE": str(share),
         },
         cwd=ROOT,
         capture_output=True,
@@ -51,22 +53,27 @@ def interpreted(request):
     chosen = [i.callspec.params for i in request.session.items if "interpreted" in i.fixturenames]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            file: pool.submit(
+            (file, share): pool.submit(
                 interpret, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}",
-                "-k", "triton",
+                "-k", "triton", share=share,
             )
-            for file in (params["file"] for params in chosen)
+            for file, share in ((params["file"], params["share"]) for params in chosen)
         }  # fmt: skip
 
 
 @outside
-@pytest.mark.parametrize("file", FILES)
-def test_under_the_interpreter(file, interpreted):
-    done = interpreted[file].result()
+@pytest.mark.parametrize(
+    ("file", "share"),
+    [(FILES[0], 1)]
+    + [(file, SHARE) for file in FILES[1:]]
+    + [pytest.param(file, 1, marks=pytest.mark.slow) for file in FILES[1:]],
+)
+def test_under_the_interpreter(file, share, interpreted):
+    done = interpreted[file, share].result()
     closing = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", closing)}
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert counts.get("passed", 0) >= (4 if file == FILES[0] else 12), closing
+    assert counts.get("passed", 0) >= (4 if file == FILES[0] else 12 // share), closing
     assert not counts.keys() & {"failed", "error", "errors", "skipped", "xfailed"}, done.stdout
 
 
