@@ -168,7 +168,9 @@ class MedGPTModel(MedGPTPreTrainedModel):
             )
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
         elif run_vision:
-            inputs_embeds = inputs_embeds + 0 * self._blank_features().sum().to(inputs_embeds)
+            inputs_embeds = inputs_embeds + 0 * self._blank_features(inputs_embeds.device).sum().to(
+                inputs_embeds
+            )
         kept = past_key_values if cache is None else cache
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -179,10 +181,9 @@ class MedGPTModel(MedGPTPreTrainedModel):
         )
         return MedGPTModelOutput(**outputs, image_hidden_states=features)
 
-    def _blank_features(self) -> torch.Tensor:
+    def _blank_features(self, device: torch.device) -> torch.Tensor:
         """Features of the smallest black image: every weight of the vision tower takes part."""
         unit = self.config.unit_size
-        device = self.get_input_embeddings().weight.device
         pixels = torch.zeros(3 * unit * unit, dtype=torch.uint8, device=device)
         return self.get_image_features(pixels, torch.tensor([[unit, unit]], dtype=torch.int32))
 

@@ -79,7 +79,7 @@ class MedGPTTrainer(Trainer):
         self.stage, self.packs = stage, Packs(dataset)
         if not getattr(model, "_hf_peft_config_loaded", False):
             set_trainable(model, stage)
-        mark_leaf_modules(model)
+        prepare_for_zero3(model)
         super().__init__(model, args, _only_pack, self.packs, **kwargs)
         self.trained_parts = {part_of(n) for n, p in model.named_parameters() if p.requires_grad}
         self.model_config = model.config
@@ -176,7 +176,7 @@ class MedGPTTrainer(Trainer):
         rows = [row for pack in packs for row in self.packs.ids(pack)]
         raise FloatingPointError(
             f"train: expected a finite {what} at step {self.state.global_step + 1}, got "
-            f"{float(value)} from packs {packs} of rows {rows}"
+            f"{float(torch.as_tensor(value).detach())} from packs {packs} of rows {rows}"
         )
 
     def floating_point_ops(self, inputs: dict) -> float:
@@ -260,17 +260,31 @@ def training_arguments(
         "prediction_loss_only": True,
         "average_tokens_across_devices": True,
     }
+    if options.get("deepspeed") and "RANK" in os.environ:
+        import deepspeed  # before the model is made: its weights are cut up at once
+
+        deepspeed.init_distributed()
     return TrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
 
 
-def mark_leaf_modules(model: torch.nn.Module) -> None:
-    """Let ZeRO-3 gather these blocks whole: which experts run, and whether images come, differs
-    between ranks, and their parameters are used outside of their own module's forward."""
+def prepare_for_zero3(model: torch.nn.Module) -> None:
+    """Tell ZeRO-3 what is used outside of its own module's forward.
+
+    MoE blocks are gathered whole, since each rank runs other experts. The vision embeddings hand
+    their children's weights to patch_embed (they cannot be a leaf: no input of theirs has a
+    gradient, and ZeRO-3 would take the leaf's gradients before they are there).
+    """
     try:
         from deepspeed.utils import set_z3_leaf_modules
+        from deepspeed.zero import register_external_parameter
     except ImportError:
         return
-    set_z3_leaf_modules(model, [GptOssMLP, VisionEmbeddings])
+    set_z3_leaf_modules(model, [GptOssMLP])
+    for module in model.modules():
+        if isinstance(module, VisionEmbeddings):
+            for child in module.children():
+                for parameter in child.parameters():
+                    register_external_parameter(module, parameter)
 
 
 def _only_pack(packs: list[dict]) -> dict:
