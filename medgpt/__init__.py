@@ -6,6 +6,7 @@ Any of its classes registers all of them with transformers' Auto classes.
 import importlib
 
 __version__ = "0.1.0"
+NOTICE = "Research use only: not a medical device, not for diagnosis or treatment."
 
 _HOME = {
     "MedGPTConfig": "config",

@@ -202,10 +202,15 @@ class MedGPTConfig(PretrainedConfig):
             num_local_experts=8,
             num_experts_per_tok=4,
             sliding_window=128,
+            initializer_range=0.08,  # about 1 / sqrt(hidden_size), as 0.02 is at 2,880
             eos_token_id=200002,
             pad_token_id=199999,
         )
         vision = MedGPTVisionConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            initializer_range=0.08,
         )
         return cls(**{"text_config": text, "vision_config": vision, **kwargs})

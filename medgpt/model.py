@@ -160,12 +160,7 @@ class MedGPTModel(MedGPTPreTrainedModel):
             _expect(image_sizes is not None, "image_sizes with pixel_values", "none")
             features = self.get_image_features(pixel_values, image_sizes).to(inputs_embeds)
             places = input_ids == self.config.image_token_id
-            count = int(places.sum())
-            _expect(
-                count == len(features),
-                f"{len(features)} image tokens for these images",
-                f"{count} of id {self.config.image_token_id} in input_ids",
-            )
+            _check_count(places, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
         elif run_vision:
             inputs_embeds = inputs_embeds + 0 * self._blank_features(inputs_embeds.device).sum().to(
@@ -188,6 +183,13 @@ class MedGPTModel(MedGPTPreTrainedModel):
         return self.get_image_features(pixels, torch.tensor([[unit, unit]], dtype=torch.int32))
 
 
+@torch.compiler.disable(reason="reads the count on the host")
+def _check_count(places: torch.Tensor, expected: int) -> None:
+    count = int(places.sum())
+    _expect(count == expected, f"{expected} image tokens for these images", f"{count} in input_ids")
+
+
+@torch.compiler.disable(reason="reads the sizes on the host")
 def _packed(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> PackedImages:
     sizes = image_sizes.to(torch.int32)
     host = sizes.cpu()

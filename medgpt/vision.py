@@ -175,6 +175,7 @@ class MedGPTVisionModel(nn.Module):
         return VisionFeatures(x, data.cu_seqlens, data.grid_sizes)
 
 
+@torch.compiler.disable(reason="counts on the host")
 def merge_rows(sizes: torch.Tensor, patch_size: int, merge: int, prefix_rows: int) -> torch.Tensor:
     """Rows of the packed tokens that make up each merged token (InternVL's pixel shuffle, v2).
 

@@ -355,9 +355,11 @@ def test_implementation_by_name(tmp_path, mode):
         assert_close(found, Theirs(model)(docs), truth)
 
 
-def test_compile():
+@pytest.mark.parametrize("how", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(how):
     model, docs = medgpt().eval(), documents()
-    compiled = torch.compile(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=how)
     with torch.no_grad():
         for picked in (docs, docs[1:], docs[:1]):
             inputs = packed_row(picked)
@@ -365,6 +367,29 @@ def test_compile():
             with exact():
                 truth = Theirs(model).double()(picked)
             assert_close(found, eager, truth)
+
+
+def test_peft_trains_and_merges():
+    peft = pytest.importorskip("peft", reason="needs the extra `train`")
+    model, docs = medgpt(), documents()
+    before = logits_of(docs)(model).detach()
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "linear_1"])
+    wrapped = peft.get_peft_model(model, options)
+    inputs = packed_row(docs)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= TOKEN, -100)
+    optimizer = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = wrapped(**inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    moved = wrapped(**inputs).logits[0].detach()
+    merged = wrapped.merge_and_unload()(**inputs).logits[0].detach()
+    assert not torch.equal(moved, before)
+    assert_close(merged, moved, moved.double(), extra_ulp=100)
 
 
 # Generation

@@ -158,7 +158,7 @@ def test_gradients_of_a_mixed_batch(name):
 
 
 @pytest.mark.parametrize(
-    "name, wrong",
+    ("name", "wrong"),
     [
         ("clip", "one sequence"),
         ("clip", "interpolation"),
@@ -210,7 +210,7 @@ def test_pixel_shuffle_refuses_odd_grids():
 
 
 @pytest.mark.parametrize(
-    "change, match",
+    ("change", "match"),
     [
         ({"num_attention_heads": 3}, "hidden_size"),
         ({"image_size": 100}, "image_size"),

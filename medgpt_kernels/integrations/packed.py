@@ -4,13 +4,11 @@ E experts, H hidden, I intermediate.
 """
 
 import functools
-import json
 import os
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from medgpt_kernels.integrations import refuse
+from medgpt_kernels.integrations.headers import read_headers
 from medgpt_kernels.integrations.moe import experts_forward
 from medgpt_kernels.mxfp4.op import BLOCK, Mxfp4Tensor
 
@@ -88,10 +87,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        for name, module in list(model.named_modules()):
-            if isinstance(module, GptOssExperts):
-                with torch.device(module.down_proj.device):
-                    model.set_submodule(name, PackedExperts(module))
+        pack_experts(model)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -100,6 +96,14 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def pack_experts(model: torch.nn.Module) -> None:
+    """Empty PackedExperts where gpt-oss has its dense ones, on the same device."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GptOssExperts):
+            with torch.device(module.down_proj.device):
+                model.set_submodule(name, PackedExperts(module))
 
 
 def register_packed() -> None:
@@ -125,10 +129,7 @@ def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloa
         _fail("a checkpoint of quant_method mxfp4", f"{published} in {directory}")
     if text.model_type != "gpt_oss":
         _fail("gpt_oss as the model or its text part", text.model_type)
-    name = (config.architectures or ["GptOssForCausalLM"])[0]
-    model_class = getattr(transformers, name, None)
-    if not isinstance(config, getattr(model_class, "config_class", None) or ()):
-        _fail(f"an architecture of transformers with {type(config).__name__}", name)
+    model_class = _architecture((config.architectures or ["GptOssForCausalLM"])[0], config)
     _check_tensors(directory, text)
     config.quantization_config = PackedConfig(published).__dict__
     model, report = model_class.from_pretrained(
@@ -142,30 +143,26 @@ def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloa
     )
     absent = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if absent:  # transformers would leave them at random
-        _fail(f"every weight of {name} in {directory}", f"{len(absent)} without, as {absent[0]}")
+        _fail(
+            f"every weight of {model_class.__name__} in {directory}",
+            f"{len(absent)} without, as {absent[0]}",
+        )
     for parameter in model.parameters():  # transformers 5.17 keeps the files' dtype under new names
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _files(directory: Path) -> list[Path]:
-    """The safetensors files that from_pretrained will read, all of this directory."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        _fail("model.safetensors or its index", f"neither in {directory}")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _fail(f"a weight_map in {index}", repr(error))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            _fail("names of .safetensors files beside the index", repr(name))
-        if not (directory / name).is_file():
-            _fail(f"{name} in {directory}", "none")
-    return [directory / name for name in names]
+def _architecture(name: str, config):
+    """transformers' class of this name, or the one registered with its Auto classes."""
+    autos = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+    registered = [auto._model_mapping.get(type(config), None) for auto in autos]
+    for found in (getattr(transformers, name, None), *registered):
+        if getattr(found, "__name__", None) == name and isinstance(
+            config, getattr(found, "config_class", None) or ()
+        ):
+            return found
+    _fail(f"an architecture of transformers with {type(config).__name__}", name)
 
 
 def _check_tensors(directory: Path, text) -> None:
@@ -173,20 +170,9 @@ def _check_tensors(directory: Path, text) -> None:
     experts, hidden, inner = text.num_local_experts, text.hidden_size, text.intermediate_size
     shapes = {}
     for name, rows, columns in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-        scales = [experts, rows, columns // BLOCK]
-        shapes |= {f"{name}_proj_scales": scales, f"{name}_proj_blocks": [*scales, BLOCK // 2]}
-    seen = set()
-    for file in _files(directory):
-        try:
-            with safe_open(file, "pt") as opened:
-                found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                kinds = {n: (t.get_dtype(), list(t.get_shape())) for n, t in found.items()}
-        except SafetensorError as error:
-            _fail(f"a whole safetensors file {file}", error)
-        if twice := seen & kinds.keys():
-            _fail("each tensor in one file", f"{min(twice)} twice")
-        seen |= kinds.keys()
-        for name, (dtype, shape) in kinds.items():
-            wanted = shapes.get(name.rpartition(".")[2])
-            if wanted is not None and (dtype, shape) != ("U8", wanted):
-                _fail(f"{name} as U8 {wanted}", f"{dtype} {shape}")
+        scales = (experts, rows, columns // BLOCK)
+        shapes |= {f"{name}_proj_scales": scales, f"{name}_proj_blocks": (*scales, BLOCK // 2)}
+    for name, (_, dtype, shape) in read_headers(directory, "load_mxfp4").items():
+        wanted = shapes.get(name.rpartition(".")[2])
+        if wanted is not None and (dtype, shape) != ("U8", wanted):
+            _fail(f"{name} as U8 {list(wanted)}", f"{dtype} {list(shape)}")

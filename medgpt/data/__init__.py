@@ -1,0 +1,1 @@
+"""Rows of images and conversations: imported, curated, packed to a training stage's length."""
