@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from medgpt.train.checkpoints import latest_complete, mark_complete
 from medgpt.train.flops import forward_flops, step_flops
+from medgpt.train.lora import adapters, load_adapters, save_adapters
 from medgpt.train.measures import ExpertLoad, SourceLosses, Speed, load_ratios
 from medgpt.train.stages import Stage, part_of, set_trainable
 from medgpt.vision import VisionEmbeddings
@@ -77,7 +78,7 @@ class MedGPTTrainer(Trainer):
 
     def __init__(self, model, stage: Stage, dataset, args, *, peak_flops=None, **kwargs):
         self.stage, self.packs = stage, Packs(dataset)
-        if not getattr(model, "_hf_peft_config_loaded", False):
+        if not adapters(model):
             set_trainable(model, stage)
         prepare_for_zero3(model)
         super().__init__(model, args, _only_pack, self.packs, **kwargs)
@@ -212,6 +213,19 @@ class MedGPTTrainer(Trainer):
             before = totals.get(source, (0.0, 0.0))
             totals[source] = (before[0] + total, before[1] + count)
         return {f"loss/{s}": round(t / n, 6) for s, (t, n) in sorted(totals.items()) if n}
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """Adapters alone where there are some, else the model."""
+        if not adapters(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_adapters(self.model, output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if adapters(self.model):
+            load_adapters(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def train(self, resume: bool = True, **kwargs):
         """As Trainer.train, from the newest whole checkpoint of output_dir where there is one."""
