@@ -50,6 +50,7 @@ class MedGPTModelOutput(MoeModelOutputWithPast):
 @dataclass
 class MedGPTOutput(MoeCausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None  # [V, H], projected
+    token_losses: torch.Tensor | None = None  # [B, S] fp32 beside labels, unweighted, no gradient
 
 
 class MedGPTProjector(nn.Module):
@@ -142,6 +143,7 @@ class MedGPTModel(MedGPTPreTrainedModel):
         past_key_values=None,
         cache=None,
         inputs_embeds: torch.Tensor | None = None,
+        run_vision: bool = False,
         **kwargs,
     ) -> MedGPTModelOutput:
         """See MedGPTForConditionalGeneration.forward."""
@@ -161,6 +163,10 @@ class MedGPTModel(MedGPTPreTrainedModel):
             places = input_ids == self.config.image_token_id
             _check_count(places, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], features)
+        elif run_vision:
+            inputs_embeds = inputs_embeds + 0 * self._blank_features(inputs_embeds.device).sum().to(
+                inputs_embeds
+            )
         kept = past_key_values if cache is None else cache
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -170,6 +176,12 @@ class MedGPTModel(MedGPTPreTrainedModel):
             **kwargs,
         )
         return MedGPTModelOutput(**outputs, image_hidden_states=features)
+
+    def _blank_features(self, device: torch.device) -> torch.Tensor:
+        """Features of the smallest black image: every weight of the vision tower takes part."""
+        unit = self.config.unit_size
+        pixels = torch.zeros(3 * unit * unit, dtype=torch.uint8, device=device)
+        return self.get_image_features(pixels, torch.tensor([[unit, unit]], dtype=torch.int32))
 
 
 @torch.compiler.disable(reason="reads the count on the host")
@@ -197,6 +209,21 @@ def _packed(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> PackedImag
     return PackedImages(pixel_values, sizes.to(pixel_values.device), host, area)
 
 
+class LanguageHead(FewRowsLinear):
+    """Logits, or with labels their cross entropy alone, for which logits are never whole.
+
+    One module does both, so that whoever shards weights by module (ZeRO-3) gathers this one.
+    """
+
+    def forward(self, hidden, labels=None, **options):
+        """hidden [..., H] to logits [..., V], or to linear_cross_entropy's pair for labels [...]."""
+        if labels is None:
+            return super().forward(hidden)
+        from medgpt.train.loss import linear_cross_entropy
+
+        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, labels.flatten(), **options)
+
+
 class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
     """MedGPT with the language head.
 
@@ -211,7 +238,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = MedGPTModel(config)
-        self.lm_head = FewRowsLinear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = LanguageHead(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -236,6 +263,11 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        loss_weights: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        router_aux_loss_coef: float | None = None,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> MedGPTOutput:
         """Logits, and the loss where there are labels.
@@ -253,6 +285,14 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
                 first label of each document has to be -100.
             output_router_logits: add router_aux_loss_coef times the load-balancing loss.
             logits_to_keep: how many last tokens get logits, or which; 0: all.
+            return_logits: False with labels computes the loss without logits (a chunked head), and
+                gives token_losses instead.
+            loss_weights: [B, S], beside labels; only with return_logits=False.
+            num_items_in_batch: what the summed loss is divided by; default what counts.
+            router_aux_loss_coef: default the config's.
+            run_vision: in kwargs; without images run the vision tower on a black one, with weight
+                0, as ZeRO-3 needs where another rank has images.
+            z_loss: factor of the squared logsumexp; only with return_logits=False.
 
         Raises:
             ValueError: images that do not match their tokens or sizes; see also register().
@@ -272,12 +312,28 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, keep = outputs.last_hidden_state, logits_to_keep
-        if isinstance(keep, torch.Tensor) or keep:
-            hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        logits = self.lm_head(hidden)
-        loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, text.vocab_size, **kwargs)
+        loss = aux_loss = logits = token_losses = None
+        if return_logits:
+            _expect(loss_weights is None and not z_loss, "return_logits=False", "loss options")
+            if isinstance(keep, torch.Tensor) or keep:
+                hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
+            logits = self.lm_head(hidden)
+            if labels is not None:
+                count = {"num_items_in_batch": num_items_in_batch}
+                loss = self.loss_function(logits, labels, text.vocab_size, **kwargs, **count)
+        else:
+            _expect(labels is not None, "labels with return_logits=False", "none")
+            # the loss of the token before each label: labels move, not the wider hidden states
+            loss, token_losses = self.lm_head(
+                hidden,
+                nn.functional.pad(labels[:, 1:], (0, 1), value=-100),
+                token_weights=None
+                if loss_weights is None
+                else nn.functional.pad(loss_weights[:, 1:], (0, 1)).flatten(),
+                normalizer=num_items_in_batch,
+                z_loss=z_loss,
+            )
+            token_losses = nn.functional.pad(token_losses.view(labels.shape)[:, :-1], (1, 0))
         if output_router_logits:
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits,
@@ -286,7 +342,9 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
                 attention_mask,
             )
             if loss is not None:
-                loss = loss + text.router_aux_loss_coef * aux_loss.to(loss.device)
+                coef = router_aux_loss_coef
+                coef = text.router_aux_loss_coef if coef is None else coef
+                loss = loss + coef * aux_loss.to(loss.device)
         return MedGPTOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -295,6 +353,7 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
+            token_losses=token_losses,
             **{CACHE: outputs.get(CACHE)},
         )
 

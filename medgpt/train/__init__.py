@@ -1,0 +1,1 @@
+"""The three stages of training: stages as data, one trainer, memory known before it starts."""
