@@ -162,18 +162,24 @@ def check_size(data, frame: int) -> str:
     return kind
 
 
-def _check_codestream(data, frame: int) -> None:
+def _check_codestream(data, source, frame: int) -> None:
     """A compressed frame's own header may claim more pixels than Rows x Columns: a bomb."""
     from pydicom.encaps import get_frame
 
     if not data.file_meta.TransferSyntaxUID.is_encapsulated:
         return
     frames = _integer(data, "NumberOfFrames", 1)
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            buffer = data.PixelData
+        else:  # the dataset was read without it
+            buffer = stack.enter_context(open(source, "rb"))
+            buffer.seek(data.get_item("PixelData", keep_deferred=True).value_tell)
+        stream = get_frame(buffer, frame, number_of_frames=frames)
     try:
-        stream = get_frame(data.PixelData, frame, number_of_frames=frames)
-        with Image.open(BytesIO(stream)) as picture:  # reads the header only
+        with Image.open(BytesIO(stream), formats=("JPEG", "JPEG2000")) as picture:  # header only
             width, height = picture.size
-    except (UnidentifiedImageError, ValueError):  # RLE and JPEG-LS are not Pillow's
+    except UnidentifiedImageError:  # RLE and JPEG-LS are not Pillow's
         return
     if width * height > data.Rows * data.Columns:
         raise ImageError(f"a frame of {data.Rows}x{data.Columns}", f"one of {height}x{width}")
@@ -214,8 +220,7 @@ def read_frame(data, *, source=None, window=None, frame: int = 0) -> np.ndarray:
     if getattr(data, "file_meta", None) is None or "TransferSyntaxUID" not in data.file_meta:
         _set_transfer_syntax(data)
         source = None
-    if source is None:
-        _check_codestream(data, frame)
+    _check_codestream(data, source, frame)
     stored = pixel_array(data if source is None else source, index=frame)
     bits = _integer(data, "BitsStored", stored.dtype.itemsize * 8)
     if kind == "PALETTE COLOR":
