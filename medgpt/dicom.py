@@ -6,6 +6,7 @@ warning or the log.
 
 import contextlib
 import logging
+import struct
 import threading
 import warnings
 from io import BytesIO
@@ -162,6 +163,16 @@ def check_size(data, frame: int) -> str:
     return kind
 
 
+def _jpeg_ls_size(stream: bytes) -> tuple[int, int]:
+    """Height, width in the frame header (SOF55) of JPEG-LS; zeros where there is none."""
+    at = 2  # past the start of image
+    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream) and stream[at] == 0xFF:
+        if stream[at + 1] == 0xF7:
+            return struct.unpack(">HH", stream[at + 5 : at + 9])
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return 0, 0
+
+
 def _check_codestream(data, source, frame: int) -> None:
     """A compressed frame's own header may claim more pixels than Rows x Columns: a bomb."""
     from pydicom.encaps import get_frame
@@ -179,8 +190,8 @@ def _check_codestream(data, source, frame: int) -> None:
     try:
         with Image.open(BytesIO(stream), formats=("JPEG", "JPEG2000")) as picture:  # header only
             width, height = picture.size
-    except UnidentifiedImageError:  # RLE and JPEG-LS are not Pillow's
-        return
+    except UnidentifiedImageError:  # RLE and JPEG-LS are not Pillow's; RLE has no size of its own
+        height, width = _jpeg_ls_size(stream)
     if width * height > data.Rows * data.Columns:
         raise ImageError(f"a frame of {data.Rows}x{data.Columns}", f"one of {height}x{width}")
 

@@ -19,7 +19,7 @@ from material import DICOM_FILES, SKIMAGE_FILES, _package_folder
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.filebase import DicomFileLike
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
@@ -565,6 +565,17 @@ def test_codestreams_larger_than_their_header_are_not_decoded(
     for source in (data, tmp_path / "bomb.dcm"):
         with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 4000x4000"):
             load_image(source)
+
+
+def test_jpeg_ls_larger_than_its_header_is_not_decoded():
+    data = dataset("MR_small_jpeg_ls_lossless.dcm")
+    stream = bytearray(get_frame(data.PixelData, 0, number_of_frames=1))
+    at = stream.index(b"\xff\xf7") + 5
+    assert struct.unpack(">HH", stream[at : at + 4]) == (64, 64)
+    stream[at : at + 4] = struct.pack(">HH", 20_000, 10_000)
+    data.PixelData = encapsulate([bytes(stream)])
+    with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 20000x10000"):
+        load_image(data)
 
 
 def test_only_codestreams_are_checked_as_such():
