@@ -23,4 +23,6 @@ def __getattr__(name: str):
     """Classes are imported when they are asked for: `medgpt --help` waits for nothing."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for home in ("model", "processor"):  # which register what they define
+        importlib.import_module(f"{__name__}.{home}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

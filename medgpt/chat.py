@@ -72,6 +72,8 @@ def _checked(messages: Sequence[dict]) -> list[dict]:
             _refuse("the system message first", "one after another message")
         if role == "developer" and set(before) - {"system"}:
             _refuse("the developer message before the conversation", "one after it began")
+        if message.get("tool_calls"):
+            _refuse("a tool's call as a message with recipient and content", "tool_calls")
         new = {**message, "parts": _parts(message)}
         if role == "assistant":
             new.setdefault("channel", "final")

@@ -3,11 +3,13 @@
 import contextlib
 import re
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 from medgpt import NOTICE
 from medgpt.cli import EFFORTS, summary
 from medgpt.generate import generate
+from medgpt.terminal import printable
 
 HELP = """/image PATH   show an image with the next question; a path in the question does the same
 /seed N       of sampling, from the next answer on
@@ -57,16 +59,17 @@ class Chat:
         return True
 
     def attach(self, path: str) -> None:
-        if not Path(path).expanduser().is_file():
+        found = Path(expanduser(path))
+        if not found.is_file():
             raise ValueError(f"expected an image file, got {path!r}")
-        self.images.append(str(Path(path).expanduser()))
-        print(f"[image {Path(path).name}]", file=sys.stderr)
+        self.images.append(str(found))
+        print(printable(f"[image {found.name}]"), file=sys.stderr)
 
     def ask(self, text: str) -> None:
         """One question and its answer; what Ctrl-C left of an answer stays in the history."""
         for word in text.split():
             word = word.strip("'\",;()")
-            if IMAGE.search(word) and Path(word).expanduser().is_file():
+            if IMAGE.search(word) and Path(expanduser(word)).is_file():
                 self.attach(word)
         parts = [{"type": "image", "path": path} for path in self.images]
         question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -75,9 +78,9 @@ class Chat:
         def stream(text: str, channel: str) -> None:
             if channel == "final":
                 said.append(text)
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
             elif self.show_analysis:
-                print(text, end="", file=sys.stderr, flush=True)
+                print(printable(text), end="", file=sys.stderr, flush=True)
 
         try:
             result = generate(
@@ -113,6 +116,9 @@ def chat(model, processor, options: dict, *, system: str | None, show_analysis: 
         except KeyboardInterrupt:
             print()
             continue
+        except UnicodeDecodeError:
+            print("medgpt: expected text in the terminal's encoding", file=sys.stderr)
+            continue
         try:
             if line.startswith("/") and not Path(line.split()[0]).is_file():
                 if not talk.command(line):
@@ -120,4 +126,4 @@ def chat(model, processor, options: dict, *, system: str | None, show_analysis: 
             elif line:
                 talk.ask(line)
         except (ValueError, OSError) as error:
-            print(f"medgpt: {error}", file=sys.stderr)
+            print(printable(f"medgpt: {error}"), file=sys.stderr)

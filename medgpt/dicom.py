@@ -6,6 +6,7 @@ warning or the log.
 
 import contextlib
 import logging
+import struct
 import threading
 import warnings
 from io import BytesIO
@@ -162,19 +163,35 @@ def check_size(data, frame: int) -> str:
     return kind
 
 
-def _check_codestream(data, frame: int) -> None:
+def _jpeg_ls_size(stream: bytes) -> tuple[int, int]:
+    """Height, width in the frame header (SOF55) of JPEG-LS; zeros where there is none."""
+    at = 2  # past the start of image
+    while stream[:2] == b"\xff\xd8" and at + 9 <= len(stream) and stream[at] == 0xFF:
+        if stream[at + 1] == 0xF7:
+            return struct.unpack(">HH", stream[at + 5 : at + 9])
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def _check_codestream(data, source, frame: int) -> None:
     """A compressed frame's own header may claim more pixels than Rows x Columns: a bomb."""
     from pydicom.encaps import get_frame
 
     if not data.file_meta.TransferSyntaxUID.is_encapsulated:
         return
     frames = _integer(data, "NumberOfFrames", 1)
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            buffer = data.PixelData
+        else:  # the dataset was read without it
+            buffer = stack.enter_context(open(source, "rb"))
+            buffer.seek(data.get_item("PixelData", keep_deferred=True).value_tell)
+        stream = get_frame(buffer, frame, number_of_frames=frames)
     try:
-        stream = get_frame(data.PixelData, frame, number_of_frames=frames)
-        with Image.open(BytesIO(stream)) as picture:  # reads the header only
+        with Image.open(BytesIO(stream), formats=("JPEG", "JPEG2000")) as picture:  # header only
             width, height = picture.size
-    except (UnidentifiedImageError, ValueError):  # RLE and JPEG-LS are not Pillow's
-        return
+    except UnidentifiedImageError:  # RLE and JPEG-LS are not Pillow's; RLE has no size of its own
+        height, width = _jpeg_ls_size(stream)
     if width * height > data.Rows * data.Columns:
         raise ImageError(f"a frame of {data.Rows}x{data.Columns}", f"one of {height}x{width}")
 
@@ -214,8 +231,7 @@ def read_frame(data, *, source=None, window=None, frame: int = 0) -> np.ndarray:
     if getattr(data, "file_meta", None) is None or "TransferSyntaxUID" not in data.file_meta:
         _set_transfer_syntax(data)
         source = None
-    if source is None:
-        _check_codestream(data, frame)
+    _check_codestream(data, source, frame)
     stored = pixel_array(data if source is None else source, index=frame)
     bits = _integer(data, "BitsStored", stored.dtype.itemsize * 8)
     if kind == "PALETTE COLOR":

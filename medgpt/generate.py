@@ -14,9 +14,10 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from medgpt import NOTICE
+from medgpt.completion import NAMES
 from medgpt_kernels.integrations import refuse
 
-STOPS = ("<|return|>", "<|call|>")
+STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")  # gpt-oss's own
 FINISH = {"return": "stop", "call": "tool_call", "endoftext": "stop", None: "length"}
 
 
@@ -133,9 +134,8 @@ class ChannelStreamer(BaseStreamer):
     """Hands (text, channel) to `stream` as Harmony's messages come, without its special tokens."""
 
     def __init__(self, tokenizer, stream: Callable[[str, str], None]):
-        names = ("start", "channel", "message", "end", "return", "call", "constrain")
-        found = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
-        self.marks = dict(zip(found, names, strict=True))
+        found = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in NAMES])
+        self.marks = dict(zip(found, NAMES, strict=True))
         self.tokenizer, self.stream = tokenizer, stream
         self.state, self.channel = "role", ""
         self.held: list[int] = []  # not yet whole characters
@@ -161,7 +161,7 @@ class ChannelStreamer(BaseStreamer):
         self._flush()
         if name == "channel":
             self.channel = ""
-        self.state = "constrain" if name == "constrain" else name
+        self.state = name
 
     def _text(self, token: int) -> None:
         self.held.append(token)

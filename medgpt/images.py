@@ -57,22 +57,21 @@ def _from_array(values: np.ndarray, window) -> np.ndarray:
         raise ImageError("an array of integers or floats", values.dtype)
     if values.dtype.kind == "f" and not all(np.isfinite(row).all() for row in values):
         raise ImageError("finite levels", "NaN or infinity")
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if window is not None:
         if values.ndim != 2:
             raise ImageError("window None for a picture in colour", "a window")
         return show(values, window_levels(*named_window(window)))
-    if values.dtype == np.uint8:
-        return values if values.shape[2:] != (4,) else _opaque(Image.fromarray(values))
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * 255
+        values = values.astype(np.uint8) * 255
     unit = values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1
     if unit:
         values = np.rint(values * 255).astype(np.uint8)
-    elif values.ndim == 2:
+    elif values.ndim == 2 and values.dtype != np.uint8:
         return show(values)
     elif values.dtype == np.uint16:
         values = (values >> 8).astype(np.uint8)
-    else:
+    elif values.dtype != np.uint8:
         raise ImageError("colours as uint8, uint16 or floats from 0 to 1", values.dtype)
     return values if values.shape[2:] != (4,) else _opaque(Image.fromarray(values))
 

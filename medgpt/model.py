@@ -380,9 +380,11 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         first = kwargs.get("is_first_iteration", False)  # later ids are the model's own
         if pixels is None or not first or inputs.get("input_ids") is None:
             return inputs
-        wanted = int((inputs["input_ids"] == self.config.image_token_id).sum())
-        if wanted:
-            inputs["pixel_values"], inputs["image_sizes"] = self._last_images(pixels, sizes, wanted)
+        held, new = self._image_tokens(input_ids), self._image_tokens(inputs["input_ids"])
+        if new.any():
+            inputs["pixel_values"], inputs["image_sizes"] = self._new_images(
+                pixels, sizes, held, new
+            )
         return inputs
 
     def _expand_inputs_for_generation(
@@ -392,19 +394,19 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
         sizes, pixels = kwargs.pop("image_sizes", None), kwargs.pop("pixel_values", None)
         kwargs.pop("tiles_per_image", None)
         if sizes is not None and expand_size > 1:
-            marked = (input_ids == self.config.image_token_id).sum(1).cpu().numpy()
-            ends = np.searchsorted(self._reached(sizes), marked.cumsum(), "left") + (marked > 0)
-            ends = np.maximum.accumulate(ends * (marked > 0))
-            bounds = [0, *ends.tolist()]
-            places = np.concatenate(
-                [
-                    np.tile(np.arange(start, end), expand_size)
-                    for start, end in itertools.pairwise(bounds)
-                ]
+            ends = self._image_tokens(input_ids).cumsum()
+            reached = self._reached(sizes)
+            _expect(
+                reached[-1] == ends[-1] and np.isin(ends, reached).all(),
+                f"{reached[-1]} image tokens for these images, each image's in one row",
+                f"{ends[-1]} in input_ids",
             )
-            pieces = pixels.split((3 * sizes.cpu().long().prod(1)).tolist())
-            pixels = torch.cat([pieces[n] for n in places])
-            sizes = sizes[torch.from_numpy(places).to(sizes.device)]
+            bounds = [0, *np.searchsorted(reached, ends).tolist()]
+            places = [
+                np.tile(np.arange(start, end), expand_size)
+                for start, end in itertools.pairwise(bounds)
+            ]
+            pixels, sizes = _picked(pixels, sizes, np.concatenate(places))
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
@@ -412,17 +414,34 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
             kwargs |= {"pixel_values": pixels, "image_sizes": sizes}
         return ids, kwargs
 
-    def _last_images(self, pixels, sizes, tokens: int):
-        """The last images, as many as make `tokens` tokens; all where no number of them does."""
-        reached = self._reached(sizes.flip(0))
-        if tokens not in reached:
+    def _new_images(self, pixels, sizes, held: np.ndarray, new: np.ndarray):
+        """Of each row's images the last, that make `new` of its `held` tokens.
+
+        All of them where they are the new ones already, or where they do not fit.
+        """
+        reached, ends = self._reached(sizes), held.cumsum()
+        starts = ends - new
+        fits = reached[-1] == ends[-1] and np.isin([starts, ends], reached).all()
+        if reached[-1] == new.sum() or not fits:
             return pixels, sizes
-        first = len(sizes) - 1 - int(np.searchsorted(reached, tokens))
-        return pixels[3 * int(sizes[:first].cpu().long().prod(1).sum()) :], sizes[first:]
+        spans = np.searchsorted(reached, [starts, ends]).T
+        return _picked(pixels, sizes, np.concatenate([np.arange(*span) for span in spans]))
+
+    def _image_tokens(self, input_ids: torch.Tensor) -> np.ndarray:
+        """Image tokens of each row."""
+        return (input_ids == self.config.image_token_id).sum(1).cpu().numpy()
 
     def _reached(self, sizes: torch.Tensor) -> np.ndarray:
-        """Tokens of each tile and all before it."""
-        return (sizes.cpu().numpy().astype(np.int64) // self.config.unit_size).prod(1).cumsum()
+        """Tokens [N + 1] before each tile, and of all."""
+        grids = sizes.cpu().numpy().astype(np.int64) // self.config.unit_size
+        return np.concatenate([[0], grids.prod(1).cumsum()])
+
+
+def _picked(pixels: torch.Tensor, sizes: torch.Tensor, places: np.ndarray):
+    """The tiles at these places, in their order."""
+    pieces = pixels.split((3 * sizes.cpu().long().prod(1)).tolist())
+    places = places.tolist()
+    return torch.cat([pieces[n] for n in places]), sizes[places]
 
 
 AutoConfig.register("medgpt", MedGPTConfig, exist_ok=True)

@@ -83,7 +83,8 @@ def test_no_pickle_and_no_remote_code():
     for path in tracked("*.py"):
         if path.name != Path(__file__).name:
             text = path.read_text()
-            assert "trust_remote_code" not in text, path
+            refused = text.replace("trust_remote_code=False", "")  # else transformers asks the user
+            assert "trust_remote_code" not in refused, path
             assert not re.search(r"torch\.load\(|import pickle", text), path
 
 

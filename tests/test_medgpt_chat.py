@@ -373,6 +373,7 @@ BAD = {
     "text without text": [{"role": "user", "content": [{"type": "text"}]}],
     "image of the assistant": [USER, {"role": "assistant", "content": [{"type": "image"}]}],
     "image of the system": [{"role": "system", "content": [{"type": "image"}]}, USER],
+    "calls in another format": [USER, {"role": "assistant", "tool_calls": [{"id": "Doe"}]}],
     "content of another type": [{"role": "user", "content": 3}],
 }
 

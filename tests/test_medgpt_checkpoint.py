@@ -246,7 +246,7 @@ def test_loaded_and_saved_again_is_the_same(tmp_path, parts):
     assert configs[0] == configs[1]
     assert configs[0]["quantization_config"]["quant_method"] == "mxfp4"
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [258, 264]  # return and call, the tokenizer's own
+    assert generation["eos_token_id"] == [258, 264, 257]  # return, call, endoftext
     assert generation["pad_token_id"] == 257
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from medgpt_parts import (
 )
 from PIL import Image
 from pydicom.data import get_testdata_file
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_transformers_moe import write_checkpoint
 
 from medgpt import NOTICE, cli
 from medgpt.config import MedGPTConfig
 from medgpt.model import MedGPTForConditionalGeneration
+from medgpt.processor import MedGPTProcessor
+from medgpt.terminal import escaped, printable
 
 ALONE = """
 import socket, sys
@@ -196,6 +199,53 @@ def test_chat(image):
     assert all("(12 of images)" in line for line in metadata)
 
 
+@pytest.fixture(scope="module")
+def commands_the_terminal(tmp_path_factory):
+    """The trained model, with ESC in F's place."""
+    out = tmp_path_factory.mktemp("hostile") / "model"
+    shutil.copytree(trained_checkpoint(), out)
+    weights = load_file(out / "model.safetensors")
+    tokenizer = MedGPTProcessor.from_pretrained(out).tokenizer
+    ids = tokenizer("F\x1b", add_special_tokens=False).input_ids
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        weights[name][ids] = weights[name][ids[::-1]]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_what_a_model_writes_does_not_command_the_terminal(commands_the_terminal, image, capsys):
+    options = [commands_the_terminal, "--dtype", "float32", "--max-new-tokens", 300]
+    command = ["generate", *options, "--prompt", QUESTION, "--image", image]
+    assert run(*command) == 0
+    assert capsys.readouterr().out == ANSWER.replace("F", "\N{REPLACEMENT CHARACTER}") + "\n"
+    assert run(*command, "--json") == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert json.loads(shown)["final"] == ANSWER.replace("F", "\x1b")
+
+
+def test_chat_shows_no_control_characters(commands_the_terminal, image, tmp_path):
+    named = tmp_path / "\x1b[31m.png"
+    shutil.copy(image, named)
+    lines = [f"/image {named}", QUESTION, "/image ~nobody-of-this-name/x.png", "/\x1b[2J"]
+    options = ["--dtype", "float32", "--max-new-tokens", 200, "--show-analysis"]
+    done = medgpt("chat", commands_the_terminal, *options, stdin="\n".join(lines))
+    assert done.stdout == ANSWER.replace("F", "\N{REPLACEMENT CHARACTER}") + "\n"
+    assert "[image \N{REPLACEMENT CHARACTER}[31m.png]" in done.stderr
+    assert "got '~nobody-of-this-name/x.png'" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_control_characters():
+    words = "a\tb\n\N{ZERO WIDTH JOINER}é👁"
+    assert printable(words) == escaped(words) == words
+    bad = "\x00\x07\x08\x1b\x7f\x9b\u202e\u2066\ud800"
+    assert printable(bad + "\r\n") == "\N{REPLACEMENT CHARACTER}" * len(bad) + "\n"
+    for text in (json.dumps([bad]), json.dumps([bad], ensure_ascii=False)):
+        assert json.loads(escaped(text)) == [bad]
+        assert printable(escaped(text)) == escaped(text)
+
+
 def test_interrupts(image):
     """Ctrl-C ends an answer of chat, and a program that gives one."""
     options = ["--dtype", "float32", "--max-new-tokens", "200"]
@@ -237,6 +287,7 @@ REFUSED = {
         ["convert", "{}", "--to", "internvl", "--experts", "dense", "--out", "x"],
         "as they",
     ),
+    "device": (["generate", "{}", "--prompt", "x", "--device", "cpv"], "device of this machine"),
     "temperature": (["generate", "{}", "--prompt", "x", "--temperature", "-1"], "temperature"),
 }
 
@@ -249,6 +300,14 @@ def test_refused_with_a_sentence(what, capsys):
     assert error.startswith("medgpt: ") or "Research use only" in error
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_broken_tokenizer_is_refused_with_a_sentence(tmp_path, capsys):
+    shutil.copytree(trained_checkpoint(), tmp_path / "broken")
+    for broken in ("{}", '{"a": ', "[]"):
+        (tmp_path / "broken" / "tokenizer.json").write_text(broken)
+        assert run("generate", tmp_path / "broken", "--prompt", "x") == 2
+        assert "expected a tokenizer that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["chat"], ["generate", "x"], ["init"]])

@@ -88,6 +88,18 @@ def test_cut_by_its_length(loaded, cut):
     assert found["analysis"] == (None if tokens == 3 else THOUGHT[: tokens - 10])
 
 
+def test_endoftext_ends_an_answer(loaded):
+    model, processor = copy.deepcopy(loaded[0]), loaded[1]
+    ids = processor.tokenizer.convert_tokens_to_ids(["<|return|>", "<|endoftext|>"])
+    with torch.no_grad():
+        model.lm_head.weight[ids] = model.lm_head.weight[ids[::-1]]
+    pieces = []
+    found = answer((model, processor), stream=lambda *piece: pieces.append(piece))
+    assert (found["final"], found["finish_reason"]) == (ANSWER, "stop")
+    assert "".join(text for text, channel in pieces if channel == "final") == ANSWER
+    assert found["usage"] == answer(loaded)["usage"]
+
+
 def test_greedy_is_the_models_own(loaded):
     model, processor = loaded
     inputs = processor.apply_chat_template(chat(QUESTION), return_tensors="pt")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import resource
 import socket
 import struct
@@ -18,7 +19,7 @@ from material import DICOM_FILES, SKIMAGE_FILES, _package_folder
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.data import get_testdata_file
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.filebase import DicomFileLike
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
@@ -419,6 +420,24 @@ def test_arrays_of_colours_and_bits():
     assert same(load_image(np.full((5, 7), 900, np.uint16)), np.zeros((5, 7), np.uint8))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_arrays_of_any_byte_order(order):
+    for kind in ("u2", "f4"):
+        for shape in ((4, 5), (4, 5, 3), (4, 5, 4)):
+            plain = np.linspace(0, 1 if kind == "f4" else 65_535, math.prod(shape))
+            plain = plain.reshape(shape).astype(kind)
+            assert np.array_equal(load_image(plain.astype(order + kind)), load_image(plain))
+
+
+def test_bits_with_an_alpha():
+    bits = np.ones((2, 2, 4), bool)
+    bits[0, 0, :3], bits[1, 1, 3] = False, False
+    shown = load_image(bits)
+    assert shown.shape == (2, 2, 3)
+    assert shown[0, 0].tolist() == [0, 0, 0]
+    assert (shown[1] == 255).all()
+
+
 def test_pages_of_a_tiff():
     pages = [picture(name).convert("RGB").resize((60, 50)) for name in ("fundus", "histology")]
     file = io.BytesIO()
@@ -527,7 +546,9 @@ def test_bombs_are_refused_before_they_are_decoded():
 @pytest.mark.parametrize(
     ("format", "syntax"), [("JPEG2000", JPEG2000Lossless), ("JPEG", JPEGBaseline8Bit)]
 )
-def test_codestreams_larger_than_their_header_are_not_decoded(format, syntax):
+def test_codestreams_larger_than_their_header_are_not_decoded(
+    format, syntax, tmp_path, monkeypatch
+):
     data = dataset("MR_small.dcm")
     data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
     data.PixelRepresentation = 0
@@ -539,8 +560,28 @@ def test_codestreams_larger_than_their_header_are_not_decoded(format, syntax):
         data["PixelData"].VR = "OB"
         if side == 64:
             assert load_image(data).shape == (64, 64, 3)
-    with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 4000x4000"):
+    data.save_as(tmp_path / "bomb.dcm")
+    monkeypatch.setattr(images, "LARGE_FILE", 0)  # one frame straight from the file
+    for source in (data, tmp_path / "bomb.dcm"):
+        with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 4000x4000"):
+            load_image(source)
+
+
+def test_jpeg_ls_larger_than_its_header_is_not_decoded():
+    data = dataset("MR_small_jpeg_ls_lossless.dcm")
+    stream = bytearray(get_frame(data.PixelData, 0, number_of_frames=1))
+    at = stream.index(b"\xff\xf7") + 5
+    assert struct.unpack(">HH", stream[at : at + 4]) == (64, 64)
+    stream[at : at + 4] = struct.pack(">HH", 20_000, 10_000)
+    data.PixelData = encapsulate([bytes(stream)])
+    with pytest.raises(ImageError, match="expected a frame of 64x64, got one of 20000x10000"):
         load_image(data)
+
+
+def test_only_codestreams_are_checked_as_such():
+    """The RLE header of twelve segments begins as a bitmap's does."""
+    expected = load_image(path("SC_rgb_rle_16bit.dcm"))
+    assert np.array_equal(load_image(path("SC_rgb_rle_32bit.dcm")), expected)
 
 
 # Bad input

@@ -437,8 +437,11 @@ def test_several_answers_each_see_their_own_images():
     model, docs = medgpt().eval(), documents()
     inputs = batch_of(docs)
     one = model.generate(**inputs, **GENERATE)
-    many = model.generate(**inputs, **GENERATE, num_beams=2, num_return_sequences=2)
-    assert many.shape[0] == 2 * one.shape[0]
+    beams = {**GENERATE, "num_beams": 2, "num_return_sequences": 2}
+    many = model.generate(**inputs, **beams)[:, inputs["input_ids"].shape[1] :]
+    for doc, found in zip(docs, many.split(2), strict=True):
+        alone = model.generate(**batch_of([doc]), **beams)[:, len(doc[0]) :]
+        assert torch.equal(found, alone)
     torch.manual_seed(0)
     options = {**GENERATE, "do_sample": True, "top_k": 1, "num_return_sequences": 3}
     sampled = model.generate(**inputs, **options)
@@ -456,6 +459,26 @@ def test_next_turn_with_the_same_pages_and_a_new_image():
     both = (ids, [*first[1], *second[1]])
     found = model.generate(ids[None], **images_of([both]), **GENERATE, **{CACHE: cache})
     assert found[0, len(ids) :].tolist() == greedy_one_by_one(model, [both], 12)[0]
+
+
+def test_next_turn_of_a_batch_with_a_new_image_in_each_row():
+    """The new images of the first row are not the last of the buffer."""
+    model, (_, first, second) = medgpt().eval(), documents()
+    rows = [first, (first[0], [255 - t for t in first[1]])]
+    news = [second, (second[0], [255 - t for t in second[1]])]
+    cache = PagedCache(model.config.text_config)
+    turn = model.generate(**batch_of(rows), **GENERATE, min_new_tokens=12, **{CACHE: cache})
+    pairs = zip(turn, rows, news, strict=True)
+    both = [(torch.cat([ids, new[0]]), [*row[1], *new[1]]) for ids, row, new in pairs]
+    found = model.generate(**batch_of(both), **GENERATE, **{CACHE: cache})
+    assert found[:, len(both[0][0]) :].tolist() == greedy_one_by_one(model, both, 12)
+
+
+def test_images_that_do_not_fit_their_rows_are_refused_before_they_are_repeated():
+    inputs = batch_of(documents())
+    inputs["input_ids"][1, -10:] = TOKEN
+    with pytest.raises(ValueError, match="image tokens for these images"):
+        medgpt().eval().generate(**inputs, **GENERATE, num_beams=2)
 
 
 def test_generates_on_past_an_image_token_of_its_own():

@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -392,6 +394,24 @@ def test_save_and_load(tmp_path):
     other.save_pretrained(tmp_path / "images")
     saved = MedGPTImageProcessor.from_pretrained(tmp_path / "images")
     assert saved.to_dict() == other.to_dict()
+
+
+REGISTERED = """
+import sys, medgpt
+getattr(medgpt, sys.argv[1])
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+config = type(AutoConfig.for_model("medgpt"))
+models = AutoModelForImageTextToText._model_mapping
+for mapping in (models, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING):
+    assert config in mapping, mapping
+"""
+
+
+@pytest.mark.parametrize("name", ["MedGPTConfig", "MedGPTProcessor", "MedGPTModel"])
+def test_any_class_registers_all_of_them(name):
+    subprocess.run([sys.executable, "-c", REGISTERED, name], check=True, timeout=200)
 
 
 def test_the_documents_example_runs(capsys):
