@@ -61,7 +61,8 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(number, tmp_path):
     for part in PARTS:
         trained = part in STAGES[number].learning_rates
         of_part = [m for n, m in moved.items() if n.startswith(part + ".")]
-        assert of_part and all(m is trained for m in of_part), part
+        assert of_part, part
+        assert all(m is trained for m in of_part), part
     assert (LANGUAGE in STAGES[number].learning_rates) == (number > 1)
 
 
