@@ -367,8 +367,8 @@ void bind_linear(py::class_<CpuKernels>& cpu) {
       "linear",
       [](const CpuKernels& kernels, int dtype, int64_t tokens, int64_t in, int64_t out, Address x,
          Address weight, Address bias, Address y) {
-        kernels.linear(
-            {static_cast<DType>(dtype), tokens, in, out, at<void>(x), at<void>(weight), at<void>(bias), at<void>(y)});
+        kernels.linear({static_cast<DType>(dtype), tokens, in, out, at<void>(x), at<void>(weight),
+                        at<void>(bias), at<void>(y)});
       },
       py::call_guard<py::gil_scoped_release>());
 }
