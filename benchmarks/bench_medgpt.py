@@ -137,6 +137,7 @@ def training(model, images, pixels, gate) -> dict:
             input_ids=ids,
             pixel_values=images.pixels,
             image_sizes=images.sizes_host,
+            return_logits=False,  # the loss alone, as training asks for
             **common,
             **packing,
         ).loss

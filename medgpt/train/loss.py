@@ -106,31 +106,27 @@ def _chunks(hidden, weight, labels, scale, rows, z_loss, chunk_tokens, wanted):
             part = weight[block].to(x.dtype)
             _product(x, part.T, logits[:, block])
         own = logits.gather(1, target)[:, 0]
-        lse[at] = chunk_lse = _softmax_(logits)
-        nll[at] = chunk_lse - own
+        logp = torch.log_softmax(logits, 1, out=logits)  # row by row, in cache
+        nll[at] = chunk_nll = -logp.gather(1, target)[:, 0]
+        lse[at] = chunk_lse = own + chunk_nll
         if not any(wanted):
             continue
-        # d logits = w (softmax (1 + 2 z lse) - onehot), where the softmax was
-        logits *= (scale[at] * (1 + 2 * z_loss * chunk_lse))[:, None]
-        logits.scatter_add_(1, target, -scale[at][:, None])
+        # d logits = w (softmax (1 + 2 z lse) - onehot); w goes to the narrower factors
+        d_logits = logp.exp_()
+        if z_loss:
+            d_logits *= (1 + 2 * z_loss * chunk_lse)[:, None]
+        d_logits.scatter_add_(1, target, d_logits.new_tensor(-1.0).expand(len(at), 1))
         if wanted[0]:
             d_x = scale.new_zeros(len(at), hidden.shape[1])
             for block in blocks:
-                _accumulate(d_x, logits[:, block], weight[block], x.dtype)
-            d_hidden[at] = d_x.to(hidden.dtype)
+                _accumulate(d_x, d_logits[:, block], weight[block], x.dtype)
+            d_hidden[at] = d_x.mul_(scale[at][:, None]).to(hidden.dtype)
         if wanted[1]:
+            weighted = x * scale[at][:, None].to(x.dtype)
             for block in blocks:
-                _accumulate(d_weight[block], logits[:, block].T, x, x.dtype)
+                _accumulate(d_weight[block], d_logits[:, block].T, weighted, x.dtype)
     del buffer
     return nll, lse, d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
-
-
-def _softmax_(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax of each row in place; its logsumexp [C]."""
-    top = logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
-    logits.div_(total)
-    return (total.log() + top)[:, 0]
 
 
 def _product_dtype(hidden: torch.Tensor, scale: torch.Tensor) -> torch.dtype:
