@@ -215,7 +215,7 @@ class LanguageHead(nn.Linear):
     """
 
     def forward(self, hidden, labels=None, **options):
-        """hidden [..., H] to logits [..., V], or to linear_cross_entropy's pair for labels [...]."""
+        """[..., H] to logits [..., V], or with labels [...] to linear_cross_entropy's pair."""
         if labels is None:
             return super().forward(hidden)
         from medgpt.train.loss import linear_cross_entropy

@@ -61,7 +61,8 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(number, tmp_path):
     for part in PARTS:
         trained = part in STAGES[number].learning_rates
         of_part = [m for n, m in moved.items() if n.startswith(part + ".")]
-        assert of_part and all(m is trained for m in of_part), part
+        assert of_part, part
+        assert all(m is trained for m in of_part), part
     assert (LANGUAGE in STAGES[number].learning_rates) == (number > 1)
 
 
@@ -71,7 +72,8 @@ def test_what_is_logged(tmp_path):
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logs) == 6
     for entry in logs:
-        assert entry["tokens_per_second"] > 0 and 0 < entry["mfu"] < 1
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["mfu"] < 1
         assert all(1 <= entry[f"expert_load/layer_{i}"] <= 2 for i in range(2))
         assert {f"loss/{s}" for s in SOURCES} <= entry.keys()
     assert logs[-1]["loss"] < logs[0]["loss"]
@@ -201,7 +203,8 @@ def test_bad_stages(call, message):
 def test_stages_are_the_papers():
     assert set(STAGES[1].learning_rates) == {VISION, PROJECTOR}
     assert all(set(STAGES[n].learning_rates) == set(PARTS) for n in (2, 3))
-    assert HEAD in PARTS and all(s.length == 32768 and s.epochs == 1 for s in STAGES.values())
+    assert HEAD in PARTS
+    assert all(s.length == 32768 and s.epochs == 1 for s in STAGES.values())
 
 
 def start(*options, **kwargs) -> subprocess.Popen:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_medgpt_train import stop_at, trainer
-from test_medgpt_train import Stopped
+from test_medgpt_train import Stopped, stop_at, trainer
 from train_packs import SyntheticPacks, tiny
 
 from medgpt import MedGPTForConditionalGeneration
@@ -12,7 +11,7 @@ from medgpt_kernels.mxfp4.op import Mxfp4Tensor, mxfp4_quantize
 
 pytest.importorskip("peft", reason="pip install peft")
 
-from medgpt.train import lora  # noqa: E402
+from medgpt.train import lora
 
 
 def packed(seed: int = 0) -> MedGPTForConditionalGeneration:

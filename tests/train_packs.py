@@ -1,11 +1,12 @@
 """A really tiny MedGPT and packs of it: documents with and without images, packs without any."""
 
+import itertools
+
 import numpy as np
 import torch
 import transformers
 
 from medgpt import MedGPTConfig, MedGPTForConditionalGeneration
-from medgpt.model import VisionEmbeddings  # noqa: F401
 
 TOKEN, START, END, VOCABULARY = 60, 61, 62, 512
 SOURCES = ("reports", "slides")
@@ -85,7 +86,7 @@ class SyntheticPacks:
         targets[cu[:-1]] = False
         lengths = np.diff(cu)
         weights = np.zeros(self.length, np.float32)
-        for a, b in zip(cu[:-1], cu[1:], strict=True):
+        for a, b in itertools.pairwise(cu):
             weights[a:b] = targets[a:b] / np.sqrt(max(1, targets[a:b].sum()))
         if index == self.poisoned:
             weights[targets] = np.nan

@@ -150,5 +150,3 @@ def table(found: dict[str, int], budget: float | None = None) -> str:
         fits = found["peak"] <= 0.92 * budget * GIGA  # the allocator's and NCCL's own
         lines.append(f"{'card':<12}{budget:>10.2f} GiB: {'fits' if fits else 'does not fit'}")
     return "\n".join(lines)
-
-

@@ -18,7 +18,9 @@ ATTENTION = r".*language_model\..*\.self_attn\.[qkvo]_proj"
 WEIGHTS, OPTIONS = "adapters.safetensors", "adapters.json"
 
 
-def add_adapters(model, rank: int, *, alpha: float | None = None, experts: bool = True) -> list[str]:
+def add_adapters(
+    model, rank: int, *, alpha: float | None = None, experts: bool = True
+) -> list[str]:
     """Freeze the model and give its language model LoRA; B starts at 0, so nothing changes yet.
 
     Args:
