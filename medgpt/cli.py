@@ -14,6 +14,7 @@ from medgpt import NOTICE
 from medgpt.data import cli as data_cli
 from medgpt.eval import cli as evaluation
 from medgpt.terminal import escaped, printable
+from medgpt.train import cli as train_cli
 
 EXAMPLES = """
   medgpt init --language gpt-oss-20b --vision clip-vit-large-patch14-336 --out medgpt
@@ -21,6 +22,7 @@ EXAMPLES = """
   medgpt generate medgpt --image chest.dcm --prompt "Is there a pneumothorax?" --json
   medgpt chat medgpt
   medgpt curate curation.yaml --workers 8
+  medgpt train run.yaml --all
 """
 DTYPES = ("bfloat16", "float16", "float32")
 EFFORTS = ("low", "medium", "high")
@@ -60,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _chat_parser(commands.add_parser("chat", help="talk in the terminal"))
     data_cli.add_parsers(commands)
     evaluation.add_parsers(commands)
+    train_cli.add_parsers(commands)
     info = commands.add_parser("info", help="what a checkpoint is")
     info.add_argument("directory")
     info.add_argument("--json", action="store_true")

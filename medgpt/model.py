@@ -216,7 +216,7 @@ class LanguageHead(FewRowsLinear):
     """
 
     def forward(self, hidden, labels=None, **options):
-        """hidden [..., H] to logits [..., V], or for labels [...] linear_cross_entropy's pair."""
+        """[..., H] to logits [..., V], or with labels [...] to linear_cross_entropy's pair."""
         if labels is None:
             return super().forward(hidden)
         from medgpt.train.loss import linear_cross_entropy

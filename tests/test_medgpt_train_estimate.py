@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_packs import SyntheticPacks, config, tiny
+from train_packs import config, tiny
 
 from medgpt import MedGPTConfig
 from medgpt.train.estimate import count_parameters, estimate, lora_values, table
@@ -85,11 +85,3 @@ def test_flops_are_six_for_each_weight_and_token():
     frozen = 2 * (one[LANGUAGE] + one[HEAD]) + 3 * (one[VISION] + one[PROJECTOR])
     assert step_flops(one, {VISION, PROJECTOR}) == frozen
     assert step_flops(one, {HEAD}) == sum(one.values()) + 2 * one[HEAD]
-    shapes = count_parameters(made)
-    dense = sum(
-        shape.numel()
-        for name, shape in shapes.items()
-        if name.startswith(LANGUAGE) and "_proj.weight" in name
-    )
-    assert 2 * dense * 64 < one[LANGUAGE] < 4 * dense * 64 + 1e7
-    assert len(SyntheticPacks(2)) == 2

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from medgpt import MedGPTConfig, MedGPTForConditionalGeneration
-from medgpt.model import VisionEmbeddings  # noqa: F401
 
 TOKEN, START, END, VOCABULARY = 60, 61, 62, 512
 SOURCES = ("reports", "slides")
