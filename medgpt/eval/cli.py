@@ -18,6 +18,7 @@ EXAMPLES = """examples:
 """
 
 
+SHORT = ("bleu_4", "rouge_l", "meteor_exact_stem", "cider_d")
 COMMANDS = ("run", "tasks", "report", "compare", "contamination", "metrics", "annotate")
 
 
@@ -182,10 +183,16 @@ def _loaded(made) -> str:
 
 
 def _line(result: dict) -> str:
-    from medgpt.eval.report import shown
+    from medgpt.eval.report import percent, shown
+    from medgpt.eval.report_section import number
 
+    timing, base = result["timing"], result.get("baselines", {})
     score = shown(result["metrics"].get("accuracy"))
-    timing = result["timing"]
+    if base:
+        score += f" (chance {percent(base['chance'])}, majority {percent(base['majority'])})"
+    if measured := result.get("measured"):
+        shorts = [f"{s['metric']} {number(s)}" for s in measured["scores"] if s["metric"] in SHORT]
+        score = ", ".join(shorts)
     return (
         f"{result['task']}: {score}, unparsed {result['unparsed']} of {result['n']}, cut "
         f"{result['cut']}; asked {timing['asked']}, known {timing['known']}, "
@@ -201,7 +208,7 @@ def _report(args) -> None:
 
 
 def _compare(args) -> None:
-    from medgpt.eval.report import compare_runs, compared_markdown
+    from medgpt.eval.comparison import compare_runs, compared_markdown
 
     found = compare_runs(*args.runs, seed=args.seed)
     print(json.dumps(found, indent=1) if args.json else compared_markdown(found))
