@@ -286,6 +286,51 @@ def test_packages_outputs_become_cached_values():
     assert value["labels"] == [None, 1, 0, -1] + [None] * 10
 
 
+def test_a_run_of_reports_from_its_folder_to_its_page(folder, tmp_path, capsys):
+    """What `medgpt eval` leaves, scored with a cache, in Markdown and HTML beside the paper."""
+    from medgpt.eval.report import write_report
+
+    out = tmp_path / "run"
+    for name in ("reports", "tasks"):
+        (out / name).mkdir(parents=True)
+    task = "mimic_cxr_findings"
+    (out / "reports" / f"{task}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    result = {"task": task, "title": "MIMIC-CXR, findings", "note": "", "n": 4, "cut": 0}
+    result |= {"published": "MIMIC-CXR findings", "model": {"model": "m"}, "metrics": {}}
+    result |= {"unparsed": 0, "unparsed_reasons": {}}
+    result["prompt"] = {"name": "findings", "version": 1, "hash": "0", "shots": 0}
+    result["loaded"] = {"expected": None, "images_dropped": False, "sha256": "0" * 64}
+    (out / "tasks" / f"{task}.json").write_text(json.dumps(result))
+    assert run(capsys, "metrics", out)[0] == 0
+    page = write_report([out], tmp_path / "page")[1].read_text()
+    assert "without radgraph, chexbert, bertscore, radcliq, ratescore" in page
+    status, printed, _ = run(capsys, "metrics", out, "--cache", folder, "--slices", "sex")
+    assert status == 0
+    assert f"## {task}" in printed
+    document = json.loads((out / "metrics" / f"{task}.json").read_text())
+    found = {line["metric"]: line["value"] for line in document["scores"]}
+    _, markdown, html = write_report([out], tmp_path / "page")
+    lines = [line.split(" | ") for line in markdown.read_text().splitlines()]
+    cells = {line[0].strip("| "): line for line in lines if len(line) > 2}
+    for metric in ("ratescore", "1/radcliq_v1"):
+        assert cells[metric][2].startswith(f"{found[metric]:.3g}")
+    # the paper's, labelled, each in the row of its metric and no other's
+    assert "MedGPT-oss (published)" in markdown.read_text()
+    assert cells["ratescore"][-1].strip("| ") == "0.522"
+    assert cells["1/radcliq_v1"][-1].strip("| ") == "0.803"
+    assert cells["RadGraph-F1, variant unstated"][-1].strip("| ") == "0.189"
+    assert cells["radgraph_radcliq"][-1].strip("| ") == "-"
+    assert "<svg" in html.read_text()
+    assert "ratescore, MedGPT-oss, published" in html.read_text()
+    for path in (markdown, html):
+        assert not any(text in path.read_text() for text in (NORMAL, EFFUSION))
+
+
+def test_one_report_alone_has_every_metric_but_cider():
+    scores, _ = score_reports(make_reports(ROWS[:1]))
+    assert [s.name for s in scores][-2:] == ["rouge_l", "meteor_exact_stem"]
+
+
 @pytest.mark.parametrize("kind", annotate.SOURCES)
 def test_what_is_not_here_is_said_with_how_to_get_it(kind, file, tmp_path, capsys):
     why = annotate.lacks(kind)

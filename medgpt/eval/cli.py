@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -165,7 +166,13 @@ def _ask(args) -> None:
     if args.model.partition("/")[0] in ("hf", "vllm", "sglang"):  # named on the hub: asked for
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.pop(name, None)
-    model, identity = runner.open_model(args.model, **options)
+    from inspect_ai._util.error import PrerequisiteError
+
+    try:
+        model, identity = runner.open_model(args.model, **options)
+    except PrerequisiteError as error:  # a provider's package, or the key of its API
+        plain = re.sub(r"\[/?\w+\]", "", str(error.message))
+        raise ValueError(f"--model: {' '.join(plain.split())}") from None
     decoding = runner.Decoding(
         max_tokens=args.max_tokens, reasoning_effort=args.reasoning, seed=args.seed
     )

@@ -146,7 +146,7 @@ def detail(row: dict) -> list[list[str]]:
                 f"{result['unparsed']}{f' ({reasons})' if reasons else ''}",
                 result["cut"],
                 percent(base.get("chance")),
-                f"{percent(base.get('majority'))} ({base.get('majority_answer')})",
+                f"{percent(base['majority'])} ({base['majority_answer']})" if base else "-",
                 percent(base.get("position_bias")),
                 others or "-",
                 f"{prompt['name']} v{prompt['version']} {prompt['hash']}, {prompt['shots']}-shot",

@@ -93,7 +93,9 @@ def _read(file: Path) -> Iterable[dict]:
             from pyarrow import parquet
         except ImportError:
             raise ImportError("read_rows: expected the package pyarrow, got none") from None
-        return parquet.read_table(file).to_pylist()
+        # a few rows at a time: one copy of their images in memory, not the whole table's beside it
+        with parquet.ParquetFile(file) as opened:
+            return [row for part in opened.iter_batches(batch_size=64) for row in part.to_pylist()]
     if file.suffix in (".csv", ".tsv"):
         with file.open(encoding="utf-8-sig", newline="") as lines:
             return list(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","))

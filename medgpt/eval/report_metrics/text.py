@@ -150,4 +150,5 @@ def text_scores(references, generated) -> list[Score]:
     """All of the above; an empty report is 0 in each."""
     scores = bleu_scores(references, generated)
     scores += [rouge_l(references, generated), meteor(references, generated)]
-    return [*scores, cider_d(references, generated)]
+    # the idf of one report alone is 0 everywhere: no CIDEr-D, and no reason to lose the others
+    return scores if len(references) < 2 else [*scores, cider_d(references, generated)]
