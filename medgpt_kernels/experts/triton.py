@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from medgpt_kernels import aot
-from medgpt_kernels.attention.triton_fwd import FAMILIES, recording
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.experts.triton_bwd import experts_bwd
 from medgpt_kernels.experts.triton_fwd import experts_fwd
 
@@ -116,18 +115,17 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
                 plain="plain" if variant.plain else "oai",
             )
         )
-        for family, cards in FAMILIES.items():
-            with recording(family):
-                yield from aot.record(
-                    f"{name}-{family}",
-                    functools.partial(_launch, variant),
-                    products={
-                        "_experts_gate_up_kernel": rows,
-                        "_experts_rows_kernel": rows,
-                        "_experts_down_token_kernel": rows,
-                        "_experts_bwd_hidden_kernel": rows,
-                        "_experts_bwd_weight_kernel": products,
-                    },
-                    quick=variant in QUICK,
-                    cards=cards,
-                )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{name}-{family}",
+                functools.partial(_launch, variant),
+                products={
+                    "_experts_gate_up_kernel": rows,
+                    "_experts_rows_kernel": rows,
+                    "_experts_down_token_kernel": rows,
+                    "_experts_bwd_hidden_kernel": rows,
+                    "_experts_bwd_weight_kernel": products,
+                },
+                quick=variant in QUICK,
+                cards=cards,
+            )
