@@ -44,6 +44,7 @@ VARIANTS = (
     Variant(dtype=torch.float32, window=(127, 0)),
     Variant(dtype=torch.float32, head_dim=72, **SIGLIP),
     Variant(dtype=torch.float32, **LLAMA),
+    Variant(dtype=torch.float32, head_dim=256, heads=8, kv_heads=4, rotary_dim=256, sinks=False),
     Variant(tokens=2**20),  # offsets pass 32 bits
 )
 QUICK = VARIANTS[:2]

@@ -493,6 +493,7 @@ VARIANTS = (
     Variant(dtype=torch.float32, cache=FP8, window=127, page=16),
     Variant(head_dim=80, heads=32, kv_heads=32, rotary_dim=32, page=16),
     Variant(head_dim=128, heads=32, rotary_dim=128, page=16),
+    Variant(head_dim=128, heads=32, rotary_dim=128, tokens=16),
     Variant(dtype=torch.float32, head_dim=128, heads=32, rotary_dim=128),
     Variant(head_dim=256, heads=8, kv_heads=4, rotary_dim=256),
     Variant(head_dim=256, heads=8, kv_heads=4, rotary_dim=256, tokens=64, cache=FP8),

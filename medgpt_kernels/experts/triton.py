@@ -34,19 +34,26 @@ QWEN3 = {"hidden": 2048, "intermediate": 768, "experts": 128, "topk": 8, "plain"
 VARIANTS = (
     Variant(),
     Variant(**PACKED),
+    Variant(packed=True),
+    Variant(packed=True, plain=True),
     Variant(rank=16),
     Variant(tokens=512),
     Variant(tokens=512, **PACKED),
+    Variant(tokens=512, packed=True),
+    Variant(tokens=512, packed=True, plain=True),
+    Variant(tokens=512, rank=16),
     Variant(tokens=64),
     Variant(tokens=64, **PACKED),
     Variant(tokens=1, backward=False),
     Variant(tokens=1, packed=True, backward=False),
+    Variant(tokens=1, dtype=torch.float32, backward=False),
     Variant(dtype=torch.float16, **PACKED),
     Variant(dtype=torch.float32, rank=16),
     Variant(dtype=torch.float32, **PACKED),
     Variant(**MIXTRAL),
     Variant(rank=32, **MIXTRAL),
     Variant(tokens=1024, **QWEN3),
+    Variant(tokens=32, hidden=2000, intermediate=1000, experts=1, topk=1),
     Variant(hidden=2000, intermediate=1000, experts=1, topk=1),  # no multiples of a tile
     Variant(tokens=2**18, **PACKED),  # offsets pass 32 bits
 )
