@@ -74,9 +74,9 @@ def real_images(short: bool, patch: int, device) -> list[torch.Tensor]:
     return [torch.from_numpy(picture.copy()).to(device) for picture in batch]
 
 
-def naflex(*, short, device, dtype, backward, images=None) -> harness.Group:
+def naflex(*, short, device, dtype, backward, images=None, width=1152) -> harness.Group:
     """SigLIP2's NaFlex embedding of one packed batch: real images, or those given."""
-    patch, width, cells = 16, 1152, 16
+    patch, cells = 16, 16
     images = real_images(short, patch, device) if images is None else images
     sizes = [image.shape[:2] for image in images]
     total = sum(h * w for h, w in sizes) // patch**2

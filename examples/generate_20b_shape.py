@@ -80,9 +80,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 class Weights:
     """Random weights, made fast: bytes for experts, one block of normal values for the rest."""
 
-    def __init__(self, seed: int, dtype: torch.dtype):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.normal = (torch.randn(1 << 20, generator=self.generator) * 0.02).to(dtype)
+    def __init__(self, seed: int, dtype: torch.dtype, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        normal = torch.randn(1 << 20, generator=self.generator, device=self.device)
+        self.normal = (normal * 0.02).to(dtype)
 
     def bytes(self, out: torch.Tensor) -> torch.Tensor:
         out.view(-1).view(torch.int64).random_(-(2**63), None, generator=self.generator)
@@ -90,15 +92,16 @@ class Weights:
 
     def parameter(self, like: torch.Tensor, name: str) -> torch.nn.Parameter:
         if name.endswith("norm.weight"):
-            return torch.nn.Parameter(torch.ones(like.shape, dtype=self.normal.dtype))
-        made = torch.empty(like.shape, dtype=self.normal.dtype)
+            return torch.nn.Parameter(self.normal.new_ones(like.shape))
+        made = self.normal.new_empty(like.shape)
         for part in made.view(-1).split(len(self.normal)):
             part.copy_(self.normal[: len(part)])
         return torch.nn.Parameter(made)
 
     def experts(self, dense: torch.nn.Module) -> PackedExperts:
         """Values of fp4 times 2 ** -8 or 2 ** -7, about 0.02."""
-        packed = PackedExperts(dense)
+        with self.device:
+            packed = PackedExperts(dense)
         for blocks in (packed.gate_up_proj_blocks, packed.down_proj_blocks):
             self.bytes(blocks.data)
         for scales in (packed.gate_up_proj_scales, packed.down_proj_scales):
@@ -107,16 +110,16 @@ class Weights:
 
 
 @torch.no_grad()
-def build(config, dtype: torch.dtype, seed: int) -> torch.nn.Module:
-    """The patched model, made layer by layer: no experts are ever dense."""
+def build(config, dtype: torch.dtype, seed: int, device="cpu") -> torch.nn.Module:
+    """The patched model, made layer by layer where it stays: no experts are ever dense."""
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM._from_config(config, dtype=dtype)
-    weights = Weights(seed, dtype)
+    weights = Weights(seed, dtype, device)
     for layer in tqdm(model.model.layers, desc="layers made", disable=None):
         layer.mlp.experts = weights.experts(layer.mlp.experts)
         fill(layer, weights)
     fill(model, weights)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     register()
     patch(model, strict=True)
     return model.eval().requires_grad_(False)

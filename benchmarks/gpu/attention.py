@@ -10,8 +10,8 @@ from gpu.timing import Comparison, Place
 from medgpt_kernels import attention, decode_attention, roofline
 from medgpt_kernels.attention import reference
 
-HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
-DRY_HEADS = 8
+HEADS, HEAD_DIM, WINDOW = (64, 8), 64, 128  # of queries, of keys
+DRY_HEADS = (4, 2)
 DTYPE = torch.bfloat16
 PEER_BOUND = 3e-2
 # What each case is timed at, and with which peers; compiling is what takes the report's minutes.
@@ -53,8 +53,8 @@ def documents(tokens: int) -> list[int]:
 
 
 def attention_group(place: Place, window, backward, packed, tokens) -> harness.Group:
-    heads = place.size(HEADS, DRY_HEADS)
-    shapes = {"q": heads, "k": KV_HEADS, "v": KV_HEADS}
+    heads, kv_heads = place.size(HEADS, DRY_HEADS)
+    shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     leaves = {
         n: torch.nn.Parameter(random(place, tokens, h, HEAD_DIM, seed=i))
         for i, (n, h) in enumerate(shapes.items())
@@ -93,7 +93,7 @@ def attention_group(place: Place, window, backward, packed, tokens) -> harness.G
     kind = "fwd+bwd" if backward else "fwd"
     span = "packed" if packed else "window" if window else "full"
     cost = partial(
-        roofline.attention_cost, lengths, heads, KV_HEADS, HEAD_DIM, window=window, dtype=DTYPE
+        roofline.attention_cost, lengths, heads, kv_heads, HEAD_DIM, window=window, dtype=DTYPE
     )
     return harness.Group(
         name=f"attention {span} {kind} T{tokens}",
@@ -116,10 +116,10 @@ def attention_group(place: Place, window, backward, packed, tokens) -> harness.G
 
 
 def decode_group(place: Place, batch: int, window: int, length: int) -> harness.Group:
-    heads, seen = place.size(HEADS, DRY_HEADS), min(window or length, length)
+    (heads, kv_heads), seen = place.size(HEADS, DRY_HEADS), min(window or length, length)
     leaves = {"q": random(place, batch, 1, heads, HEAD_DIM, seed=0)}
     for i, name in enumerate(("k_cache", "v_cache")):
-        leaves[name] = random(place, batch, length, KV_HEADS, HEAD_DIM, seed=1 + i)
+        leaves[name] = random(place, batch, length, kv_heads, HEAD_DIM, seed=1 + i)
     leaves["sinks"] = random(place, heads, seed=3).float()
     lengths = torch.full((batch,), length, dtype=torch.int32, device=place.device)
     window_size = (window - 1, 0) if window else (-1, -1)
@@ -131,7 +131,7 @@ def decode_group(place: Place, batch: int, window: int, length: int) -> harness.
     k, v = (leaves[n][:, length - seen :].contiguous() for n in ("k_cache", "v_cache"))
     operands = (leaves["q"], k, v, leaves["sinks"])
     about = (torch.full_like(lengths, seen),)
-    one = roofline.decode_attention_cost(seen, heads, KV_HEADS, HEAD_DIM, dtype=DTYPE)
+    one = roofline.decode_attention_cost(seen, heads, kv_heads, HEAD_DIM, dtype=DTYPE)
 
     def compiled():
         return job.contender(partial(place.compile(eager_decode), *operands), warmups=3)
@@ -167,15 +167,18 @@ def eager_decode(q, k, v, sinks):
 
 def comparisons(place: Place):
     """(what to compare, which contenders) of the part "attention"."""
-    for window, backward, packed, tokens, names in CASES:
+    for window, backward, packed, tokens, names in CASES[: place.size(None, 3)]:
         window = place.size(window, min(window, 16))
         build = partial(attention_group, place, window, backward, packed)
         yield Comparison(build, place.size(tokens, 40), place.size(1024, 40)), names
+    if place.dry:
+        build = partial(attention_group, place, 0, True, True)
+        yield Comparison(build, 64, 64), ("reference", "triton")
 
 
 def decode_comparisons(place: Place):
     """The same of the part "decode"."""
-    for batch, length, window in DECODE:
+    for batch, length, window in DECODE[place.size(0, 1) :: place.size(1, 2)]:
         batch, window = place.size(batch, min(batch, 2)), place.size(window, min(window, 16))
         build = partial(decode_group, place, batch, window)
         compiles = (batch, length, window) == (1, 32768, 0)

@@ -90,6 +90,7 @@ def experts_group(place: Place, is_packed, backward, rank, tokens) -> harness.Gr
     def ours(x, topk_weights, **given):
         data = mk.routing_from_topk(ids, topk_weights, experts)
         own = weights | {n: t for n, t in given.items() if n in NAMES}
+        own = {n: t.to(x.dtype) if torch.is_tensor(t) else t for n, t in own.items()}
         pairs = [given[n] for n in given if n not in NAMES]
         return mk.experts(x, data, **own, lora=mk.ExpertLora(*pairs) if pairs else None)
 
@@ -110,9 +111,10 @@ def experts_group(place: Place, is_packed, backward, rank, tokens) -> harness.Gr
     cost = partial(
         roofline.experts_cost, tokens, TOPK, hit, hidden, hidden, dtype=DTYPE, packed=is_packed
     )
+    stored = "mxfp4" if is_packed else "bf16"
     kind = f"fwd+bwd {backward}" if backward else "fwd"
     return harness.Group(
-        name=f"experts {'mxfp4' if is_packed else 'bf16'} {kind}{' LoRA' if rank else ''} T{tokens}",
+        name=f"experts {stored} {kind}{' LoRA' if rank else ''} T{tokens}",
         cost=cost() + cost(backward=backward) if backward else cost(),
         dtype=DTYPE,
         device=device,

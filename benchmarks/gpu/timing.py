@@ -27,6 +27,7 @@ class Place:
     """Where a part runs, and at what size."""
 
     dry: bool
+    roofs: roofline.Roofs | None = None  # None: measured where they are needed
 
     @property
     def device(self) -> torch.device:
@@ -56,10 +57,13 @@ class Comparison:
     few: bool = False
 
 
+def one_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")[:300]
+
+
 def reason(error: BaseException) -> str:
     """One line of an error, for the report."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 class ColdL2:
@@ -155,6 +159,8 @@ def compare(comparison: Comparison, place: Place, names: list[str] | None = None
     small = comparison.build(comparison.checked_tokens)
     names = [n for n in small.contenders if names is None or n in names]
     _, outcomes = harness.prepare(small, names)
+    for outcome in outcomes.values():
+        outcome.refused = one_line(outcome.refused)
     del small
     group = comparison.build(comparison.tokens)
     ready, more = {}, {name: {} for name in names}
@@ -168,7 +174,9 @@ def compare(comparison: Comparison, place: Place, names: list[str] | None = None
         if not place.dry:
             gc.collect()
             torch.cuda.empty_cache()
-    roofs = roofline.Roofs(1.0, {}) if place.dry else roofline.measure("cuda")
+    roofs = place.roofs or roofline.Roofs(1.0, {})
+    if not place.dry and place.roofs is None:
+        roofs = roofline.measure("cuda")
     if not place.dry:
         _time(ready, outcomes)
         if comparison.few:

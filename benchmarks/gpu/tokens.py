@@ -14,7 +14,8 @@ DTYPE = torch.bfloat16
 # as 16 images of a batch are: [height, width] in pixels
 SIZES = (
     (224, 224), (256, 384), (384, 256), (512, 128), (336, 336), (160, 320), (448, 448), (512, 384),
-    (384, 512), (640, 480), (480, 640), (768, 512), (1024, 256), (768, 768), (896, 640), (1024, 1024),
+    (384, 512), (640, 480), (480, 640), (768, 512), (1024, 256), (768, 768), (896, 640),
+    (1024, 1024),
 )  # fmt: skip
 
 
@@ -53,7 +54,12 @@ def patch_group(place: Place, backward: bool, count: int) -> harness.Group:
         for size in (((32, 48), (16, 16)) if place.dry else SIZES[:count])
     ]
     return bench_patch_embed.naflex(
-        short=place.dry, device=place.device, dtype=DTYPE, backward=backward, images=images
+        short=place.dry,
+        device=place.device,
+        dtype=DTYPE,
+        backward=backward,
+        images=images,
+        width=place.size(1152, 32),
     )
 
 
