@@ -1,4 +1,4 @@
-"""The GPU report without a GPU: its dry run, what it does with failures, and what it never writes."""
+"""The GPU report without a GPU: its dry run, what becomes of failures, what it never writes."""
 
 import json
 import os

@@ -167,7 +167,7 @@ def eager_decode(q, k, v, sinks):
 
 def comparisons(place: Place):
     """(what to compare, which contenders) of the part "attention"."""
-    for window, backward, packed, tokens, names in CASES[: place.size(None, 3)]:
+    for window, backward, packed, tokens, names in place.size(CASES, CASES[1:3]):
         window = place.size(window, min(window, 16))
         build = partial(attention_group, place, window, backward, packed)
         yield Comparison(build, place.size(tokens, 40), place.size(1024, 40)), names
@@ -178,7 +178,7 @@ def comparisons(place: Place):
 
 def decode_comparisons(place: Place):
     """The same of the part "decode"."""
-    for batch, length, window in DECODE[place.size(0, 1) :: place.size(1, 2)]:
+    for batch, length, window in place.size(DECODE, DECODE[1::4]):
         batch, window = place.size(batch, min(batch, 2)), place.size(window, min(window, 16))
         build = partial(decode_group, place, batch, window)
         compiles = (batch, length, window) == (1, 32768, 0)

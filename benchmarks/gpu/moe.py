@@ -14,7 +14,7 @@ from gpu.timing import Comparison, Place
 from medgpt_kernels import roofline
 
 EXPERTS, TOPK, HIDDEN, RANK = 32, 4, 2880, 16
-DRY_EXPERTS, DRY_HIDDEN = 8, 64
+DRY_EXPERTS, DRY_HIDDEN = 4, 64
 DTYPE, FP32 = torch.bfloat16, torch.float32
 PEER_BOUND = 3e-2
 NAMES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -135,10 +135,10 @@ def experts_group(place: Place, is_packed, backward, rank, tokens) -> harness.Gr
 
 def comparisons(place: Place):
     """(what to compare, which contenders) of the part "experts"."""
-    for tokens, is_packed, backward, rank, names in CASES:
+    for tokens, is_packed, backward, rank, names in place.size(CASES, CASES[::2]):
         build = partial(experts_group, place, is_packed, backward, rank)
         # enough rows an expert that the tile which is checked is the one that is timed
-        checked = place.size(min(tokens, 1024), min(tokens, 20))
+        checked = place.size(min(tokens, 1024), min(tokens, 9))
         yield Comparison(build, place.size(tokens, checked), checked, few=tokens <= 16), names
 
 

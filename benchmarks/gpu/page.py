@@ -1,4 +1,4 @@
-"""The report as one Markdown page: a table of checks, one of comparisons, one of the whole model."""
+"""The report as one Markdown page: tables of the parts, of the whole model, of each op."""
 
 COLUMNS = (
     "case", "contender", "ms", "q1 - q3", "TFLOP/s", "GB/s", "% of roof", "x best peer",
@@ -97,14 +97,16 @@ def page(record: dict, missing: dict[str, str]) -> str:
     else:
         lines += [
             f"Compute capability {record['capability']}, {record['memory_gb']} GB, L2 "
-            f"{record['l2_mb']:.0f} MB, driver {record['driver']}, CUDA {record['cuda']}; {versions}.",
+            f"{record['l2_mb']:.0f} MB, driver {record['driver']}, CUDA {record['cuda']}; "
+            f"{versions}.",
             "",
         ]
     lines += [
-        "Medians with quartiles of calls with a cold L2, in turn; the time is the card's own. `host",
-        "ms` is what Python keeps up with, `graph ms` the same call in a CUDA graph. `% of roof` is of",
-        "the measured copy or bf16 product rate, whichever bounds the op's least work; `x best peer`",
-        "above 1 is faster than the fastest contender that does the whole work and is not ours.",
+        "Medians with quartiles of calls with a cold L2, in turn; the time is the card's own.",
+        "`host ms` is what Python keeps up with, `graph ms` the same call in a CUDA graph.",
+        "`% of roof` is of the measured copy or bf16 product rate, whichever bounds the op's least",
+        "work; `x best peer` above 1 is faster than the fastest contender that does the whole work",
+        "and is not ours.",
         "",
         *_checks(record["parts"], missing),
         *_model(record["parts"]),

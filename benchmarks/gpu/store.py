@@ -1,4 +1,4 @@
-"""Where the report's results lie: one JSON a card, each part with the source it was measured from."""
+"""Where the report's results lie: one JSON a card, each part with the source it came from."""
 
 import hashlib
 import json
@@ -127,9 +127,7 @@ def environment(dry: bool) -> dict[str, str]:
     """Of the process of a part."""
     paths = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "tests")]
     made = dict(os.environ) | {
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(
-            os.pathsep
-        ),
+        "PYTHONPATH": os.pathsep.join(paths),
         "MEDGPT_KERNELS_STRICT": "1",  # a fallback would time the reference
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
