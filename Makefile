@@ -48,9 +48,8 @@ wheel:  ## a wheel for every card, tested as installed, not editable
 	MEDGPT_CUDA_ARCHS=all MEDGPT_REQUIRE_NATIVE=1 $(PYTHON) -m pip wheel --no-deps -w dist .
 	$(PYTHON) tests/check_wheel.py dist/*.whl
 
-gpu-report:  ## on a machine with a GPU: the gpu tests, then the benchmarks with a result file
-	$(PYTHON) -m pytest tests -m gpu
-	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result
+gpu-report:  ## on a machine with a GPU: builds, tests, measures all; docs/gpu_report.md. PARTS="roofs attention"
+	$(PYTHON) benchmarks/gpu_report.py $(PARTS)
 
 clean:
 	rm -rf build dist *.egg-info medgpt_kernels/*.so medgpt_kernels/_build_info.txt

@@ -130,12 +130,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("no CUDA device; --dry-run goes through all parts on the CPU", file=sys.stderr)
             return 2
-    report = Report(options)
+    failed = []
     if options.tune:
         command = python(str(ROOT / "benchmarks" / "tune.py"))
         command += ["--dry-run"] if options.dry_run else []
         if subprocess.run(command, cwd=ROOT, env=environment(options.dry_run)).returncode:
-            report.failed.append("tune")
+            failed.append("tune")
+    report = Report(options)  # its clock starts here, and its source has the new tiles
+    report.failed += failed
     # without times to disturb, two parts at once
     with ThreadPoolExecutor(2 if options.dry_run else 1) as pool:
         list(pool.map(report.run, options.parts))

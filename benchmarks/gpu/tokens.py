@@ -51,7 +51,7 @@ def patch_group(place: Place, backward: bool, count: int) -> harness.Group:
     g = torch.Generator(place.device).manual_seed(0)
     images = [
         torch.randint(0, 256, (*size, 3), generator=g, dtype=torch.uint8, device=place.device)
-        for size in (((32, 48), (16, 16)) if place.dry else SIZES[:count])
+        for size in (((32, 16), (16, 16)) if place.dry else SIZES[:count])
     ]
     return bench_patch_embed.naflex(
         short=place.dry,
