@@ -12,12 +12,21 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED = ("medgpt_kernels", "csrc", "benchmarks", "tests", "examples", "medgpt/train", "setup.py")
+MEASURED = (
+    "medgpt_kernels",
+    "csrc",
+    "benchmarks",
+    "tests",
+    "examples",
+    "medgpt/train",
+    "setup.py",
+    "CMakeLists.txt",
+)
 PACKAGES = (
     "torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel",
     "triton-kernels", "scattermoe",
 )  # fmt: skip
-SUFFIXES = {".py", ".cu", ".h", ".cpp", ".txt"}
+SUFFIXES = {".py", ".cu", ".h", ".cpp"}  # a build leaves others
 
 
 def source_digest() -> str:
@@ -25,12 +34,12 @@ def source_digest() -> str:
     found = hashlib.sha256()
     for name in MEASURED:
         path = ROOT / name
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        for file in files:
-            inside = file.relative_to(ROOT)
-            table = file.suffix == ".json" and "configs" in inside.parts
-            if (file.suffix in SUFFIXES or table) and "results" not in inside.parts:
-                found.update(str(inside).encode() + b"\0" + file.read_bytes())
+        inside = sorted(path.rglob("*"))
+        tables = [p for p in inside if p.suffix == ".json" and p.parent.name == "configs"]
+        for file in [path] if path.is_file() else [p for p in inside if p.suffix in SUFFIXES]:
+            found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+        for file in tables:
+            found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
