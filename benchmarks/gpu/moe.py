@@ -143,8 +143,8 @@ def comparisons(place: Place):
 
 
 def routing_comparisons(place: Place):
-    for tokens, backward in ((1, False), (16, False), (4096, False), (4096, True)):
-        tokens = place.size(tokens, min(tokens, 17))
+    cases = ((1, False), (16, False), (4096, False), (4096, True))
+    for tokens, backward in place.size(cases, ((1, False), (17, True))):
 
         def build(tokens, backward=backward):
             return bench_routing.group(tokens, 1, DTYPE, backward, place.dry, place.device)

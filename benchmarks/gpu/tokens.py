@@ -42,9 +42,9 @@ def rotary_group(place: Place, tokens: int) -> harness.Group:
 
 def rotary_comparisons(place: Place):
     """(what to compare, which contenders) of the part "rotary"."""
-    for tokens in (4096, 32768):
+    for tokens in place.size((4096, 32768), (17,)):
         build = partial(rotary_group, place)
-        yield Comparison(build, place.size(tokens, 17), place.size(1024, 17)), None
+        yield Comparison(build, tokens, min(tokens, 1024)), None
 
 
 def patch_group(place: Place, backward: bool, count: int) -> harness.Group:
@@ -65,7 +65,7 @@ def patch_group(place: Place, backward: bool, count: int) -> harness.Group:
 
 def patch_comparisons(place: Place):
     names = ["reference", "triton", "compile", "hf_embed", "packed_mm", "linear_only"]
-    for backward in (False, True):
+    for backward in place.size((False, True), (True,)):
         build = partial(patch_group, place, backward)
         count = place.size(len(SIZES), 2)
         yield Comparison(build, count, count), [n for n in names if backward or n != "compile"]
