@@ -169,8 +169,8 @@ def test_dry_run_of_all_parts(tmp_path):
     assert not re.search(figures, json.dumps(record))
     ours = [r for p in record["parts"].values() for f in p["findings"]
             for r in f.get("contenders", {}).values() if r["kind"] == "ours"]  # fmt: skip
-    assert len(ours) >= 15
-    assert all(r["ran"] for r in ours)
+    assert not [r for r in ours if "failed" in r]
+    assert sum(r.get("ran", False) for r in ours) >= 15
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def comparisons(place: Place):
 
 def decode_comparisons(place: Place):
     """The same of the part "decode"."""
-    for batch, length, window in place.size(DECODE, DECODE[1::4]):
+    for batch, length, window in place.size(DECODE, DECODE[3:5]):
         batch, window = place.size(batch, min(batch, 2)), place.size(window, min(window, 16))
         build = partial(decode_group, place, batch, window)
         compiles = (batch, length, window) == (1, 32768, 0)
