@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kUnit = 32;     // outputs that a thread takes at a time
 constexpr int64_t kAhead = 4096;  // bytes
 constexpr float kDigit = 0x1p-15f;
+constexpr int kChains = 4;                 // as many sums of a row as hide the latency of one
+constexpr int kRows = kLanes > 8 ? 4 : 2;  // that share a weight's way through the registers
 typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
 
 // Rows of x as integers [T][D][K] and what each block's are to be multiplied by [T][B].
@@ -46,19 +48,20 @@ void make_digits(const T* x, int64_t tokens, int64_t in, Digits* out) {
   constexpr int64_t kVectors = kInt8Block / kLanes;
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t b = 0; b < out->blocks; b++) {
-      vf v[kVectors], most = {};
+      vf v[kVectors], most = {}, wrong = {};
       for (int64_t i = 0; i < kVectors; i++) {
         v[i] = load(x + t * in + b * kInt8Block + i * kLanes);
         vf size = v[i] < 0 ? -v[i] : v[i];
-        most = most >= size ? most : size;  // and a NaN stays
+        most = most >= size ? most : size;
+        wrong += v[i] - v[i];  // NaN of what is not finite
       }
       float largest = 0;
       for (int i = 0; i < kLanes; i++) largest = largest >= most[i] ? largest : most[i];
       int exponent = 0;
-      bool finite = std::isfinite(largest);
+      bool finite = reduce_add(wrong) == 0;
       if (finite) std::frexp(largest, &exponent);
       float scale = std::ldexp(kDigit, std::max(exponent, -100)), inverse = 1 / scale;
-      out->scales[t * out->blocks + b] = finite ? scale : largest - largest;
+      out->scales[t * out->blocks + b] = finite ? scale : reduce_add(wrong);
       for (int64_t d = 0; d < out->count; d++, inverse /= kDigit)
         for (int64_t i = 0; i < kVectors; i++) {
           vf digit = round_near(finite ? v[i] * inverse : vf{});
@@ -73,7 +76,6 @@ void make_digits(const T* x, int64_t tokens, int64_t in, Digits* out) {
 // sums[m] = M rows from t on times one output's weights, of which there are `left` with it
 template <int M, int D>
 void dots(const Int8Weight& w, int64_t output, int64_t left, Digits& x, int64_t t, float* sums) {
-  constexpr int kChains = M == 1 ? 4 : 2;  // what hides the latency of a sum
   const int8_t* weight = w.values + output * x.blocks * kInt8Block;
   const f16* scales = static_cast<const f16*>(w.scales) + output * x.blocks;
   const int16_t* rows[M][D];
@@ -98,17 +100,16 @@ void dots(const Int8Weight& w, int64_t output, int64_t left, Digits& x, int64_t 
       }
     };
     int64_t count = std::min<int64_t>(kLanes, x.blocks - first), b = 0;
-    for (; b + 4 <= count; b += 4) {
+    for (; b + kChains <= count; b += kChains) {
       __builtin_prefetch(weight + (first + b) * kInt8Block + kAhead, 0, 2);
       __builtin_prefetch(weight + (first + b + 2) * kInt8Block + kAhead, 0, 2);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) step(b + i, i % kChains);
+      for (int i = 0; i < kChains; i++) step(b + i, i);
     }
     for (; b < count; b++) step(b, 0);
   }
   for (int m = 0; m < M; m++) {
-    vf sum = acc[m][0] + acc[m][1];
-    if constexpr (kChains == 4) sum += acc[m][2] + acc[m][3];
+    vf sum = (acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]);
     sums[m] = add_lanes<kLanes>(sum);
   }
 }
@@ -116,12 +117,12 @@ void dots(const Int8Weight& w, int64_t output, int64_t left, Digits& x, int64_t 
 template <int D, typename T>
 void columns(const LinearInt8& p, Digits& x, int64_t n, int64_t end) {
   auto* bias = static_cast<const T*>(p.bias);
-  float sums[kUnit][4];
+  float sums[kUnit][kRows];
   for (int64_t t = 0, step; t < p.tokens; t += step) {
-    step = t + 4 <= p.tokens ? 4 : 1;
+    step = t + kRows <= p.tokens ? kRows : 1;
     for (int64_t i = n; i < end; i++)
-      step == 4 ? dots<4, D>(p.weight, i, p.out - i, x, t, sums[i - n])
-                : dots<1, D>(p.weight, i, p.out - i, x, t, sums[i - n]);
+      step == kRows ? dots<kRows, D>(p.weight, i, p.out - i, x, t, sums[i - n])
+                    : dots<1, D>(p.weight, i, p.out - i, x, t, sums[i - n]);
     for (int64_t m = 0; m < step; m++) {
       auto* y = static_cast<T*>(p.y) + (t + m) * p.out;
       float row[kUnit + kLanes] = {};

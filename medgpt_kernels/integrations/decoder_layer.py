@@ -27,7 +27,21 @@ _KNOWN = interface.OF_NO_CONCERN | {
     "position_embeddings",
     "position_ids",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATE_UP, _DOWN = (
+    tuple(f"{name}_proj_{part}" for part in ("blocks", "scales", "bias"))
+    for name in ("gate_up", "down")
+)
+_LINEAR = (FewRowsLinear, Int8Linear)
+_INSIDE = (
+    (("input_layernorm",), (GptOssRMSNorm,)),
+    (("post_attention_layernorm",), (GptOssRMSNorm,)),
+    (("self_attn",), (FusedGptOssAttention,)),
+    *((("self_attn", name), _LINEAR) for name in _PROJECTIONS),
+    (("mlp",), (GptOssMLP,)),
+    (("mlp", "router"), (FusedGptOssRouter,)),
+    (("mlp", "experts"), (PackedExperts,)),
+)
 
 
 class FusedGptOssLayer(GptOssDecoderLayer):
@@ -72,38 +86,27 @@ class FusedGptOssLayer(GptOssDecoderLayer):
 
     def _is_plain(self) -> bool:
         """Whether the modules inside are those whose work the call does, with nothing hooked in."""
-        attention, mlp = self.self_attn, self.mlp
-        kinds = (
-            (attention, FusedGptOssAttention),
-            (mlp, GptOssMLP),
-            (self.input_layernorm, GptOssRMSNorm),
-            (self.post_attention_layernorm, GptOssRMSNorm),
-            (mlp.router, FusedGptOssRouter),
-            (mlp.experts, PackedExperts),
-        )
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        if any(type(module) is not kind for module, kind in kinds):
-            return False
-        if any(type(module) not in (FewRowsLinear, Int8Linear) for module in projections):
-            return False
-        if getattr(mlp.experts, "lora", None) is not None:
-            return False
-        modules = (*(module for module, _ in kinds), *projections)
-        return not any(getattr(module, name) for module in modules for name in _HOOKS)
+        for path, kinds in _INSIDE:
+            module = self
+            for name in path:
+                module = module._modules[name]  # by far faster than the attribute
+            if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return module._modules.get("lora") is None  # the last are the experts
 
     def _arguments(self, x, layer, lengths, table) -> tuple:
-        attention, mlp = self.self_attn, self.mlp
-        experts, window = mlp.experts, attention.sliding_window
+        inside = self._modules
+        attention, mlp = inside["self_attn"], inside["mlp"]._modules
+        parts, norm = attention._modules, inside["input_layernorm"]
+        router, experts = mlp["router"], mlp["experts"]
+        packed, window = experts._parameters, attention.sliding_window
         tables = attention.rotary_tables.on(x.device, layer.seen + x.shape[1])
         return (
             x,
-            self.input_layernorm.weight,
-            self.post_attention_layernorm.weight,
-            self.input_layernorm.variance_epsilon,
-            _projection(attention.q_proj),
-            _projection(attention.k_proj),
-            _projection(attention.v_proj),
-            _projection(attention.o_proj),
+            norm._parameters["weight"],
+            inside["post_attention_layernorm"]._parameters["weight"],
+            norm.variance_epsilon,
+            *[_projection(parts[name]) for name in _PROJECTIONS],
             layer.k_pages,
             layer.v_pages,
             lengths,
@@ -111,19 +114,20 @@ class FusedGptOssLayer(GptOssDecoderLayer):
             tables.cos,
             tables.sin,
             -1 if window is None else window - 1,
-            attention.sinks,
+            attention._parameters["sinks"],
             attention.scaling,
-            mlp.router.weight,
-            mlp.router.bias,
-            mlp.router.top_k,
-            (experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias),
-            (experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias),
+            router._parameters["weight"],
+            router._parameters["bias"],
+            router.top_k,
+            tuple([packed[name] for name in _GATE_UP]),
+            tuple([packed[name] for name in _DOWN]),
             experts.alpha,
             experts.limit,
         )
 
 
 def _projection(module) -> tuple:
-    if isinstance(module, Int8Linear):
-        return module.values, module.scales, module.bias
-    return module.weight, None, module.bias
+    bias = module._parameters["bias"]
+    if type(module) is Int8Linear:
+        return module._buffers["values"], module._buffers["scales"], bias
+    return module._parameters["weight"], None, bias

@@ -233,5 +233,8 @@ def _linears(model: torch.nn.Module, layers: dict[str, GptOssAttention]) -> dict
         for part in ("q_proj", "k_proj", "v_proj", "o_proj")
     }
     found["lm_head"] = getattr(model, "lm_head", None)
-    kinds = (torch.nn.Linear, FewRowsLinear)
-    return {name: module for name, module in found.items() if type(module) in kinds}
+    return {
+        name: module
+        for name, module in found.items()
+        if type(module) is torch.nn.Linear or isinstance(module, FewRowsLinear)
+    }
