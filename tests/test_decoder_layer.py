@@ -292,7 +292,9 @@ def test_a_rows_numbers_do_not_depend_on_the_others(taken):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("why", ["hook", "lora", "other class", "strides", "gradients"])
+@pytest.mark.parametrize(
+    "why", ["hook", "lora", "other class", "strides", "gradients", "eager", "recorded"]
+)
 def test_the_modules_run_where_the_call_does_not(why, taken):
     model, mine = pair(torch.float32)
     attention, parts, seen = mine.model.layers[0].self_attn, [20, 1, 1], []
@@ -305,6 +307,10 @@ def test_the_modules_run_where_the_call_does_not(why, taken):
         attention.q_proj.__class__ = torch.nn.Linear
     elif why == "strides":
         attention.o_proj.weight.data = attention.o_proj.weight.data.t().contiguous().t()
+    elif why == "eager":
+        mine.set_attn_implementation("eager")
+    elif why == "recorded":
+        mine.config.output_router_logits = True
     with torch.set_grad_enabled(why == "gradients"):
         cache = PagedCache(model.config, page_size=4)
         actual = steps(mine, IDS[:, :22], parts, cache)

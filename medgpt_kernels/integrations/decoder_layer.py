@@ -66,6 +66,8 @@ class FusedGptOssLayer(GptOssDecoderLayer):
             return None
         if self.training or torch.is_grad_enabled() or not self._is_plain():
             return None
+        if self.self_attn.config._attn_implementation != interface.NAME:
+            return None
         layer_idx = self.self_attn.layer_idx
         held = cache.step(
             layer_idx,
