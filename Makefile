@@ -4,7 +4,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))"
 export OMP_NUM_THREADS ?= $(THREADS)
 CXX_FILES = csrc/*.* csrc/*/* $(filter-out %.py,$(wildcard tests/cuda_host/*.*))
 
-.PHONY: install check format test test-slow aot bench bench-slow bench-save bench-compare memory demo wheel gpu-report clean
+.PHONY: install check format test test-slow aot bench bench-slow bench-sweep bench-save bench-compare memory demo wheel gpu-report clean
 
 install:  ## editable, with everything the tests need
 	$(PYTHON) -m pip install -c constraints.txt -e ".[dev]"
@@ -33,6 +33,9 @@ bench:
 
 bench-slow:  ## the cases of a minute and more, the experts' real layer
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only -m slow
+
+bench-sweep:  ## the sizes between, for the plots; adds to the day's result file
+	$(PYTHON) -m pytest benchmarks/bench_attention.py benchmarks/bench_decode_attention.py --benchmark-only -m slow --save-result
 
 bench-save:  ## as bench, and write benchmarks/results/
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only --save-result

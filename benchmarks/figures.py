@@ -1,0 +1,234 @@
+"""What of the result files is drawn, and who is who in them.
+
+A figure comes from one file: the newest full run of its machine that has the figure's cases.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import svg
+
+OURS = {"cpu": "ours, C++", "triton": "ours, Triton", "cuda": "ours, CUDA C++"}
+# name in the files: (name in the figures, what it is)
+OTHERS = {
+    "reference": ("reference, eager", "this package's reference in eager PyTorch"),
+    "sdpa": ("SDPA, no sinks", "torch's attention without sinks or window: less work, a bound"),
+    "lse": ("SDPA + lse", "torch's attention made exact by its logsumexp"),
+    "lse_chunk": ("SDPA + lse, blocks", "the same in blocks of a window"),
+    "lse_documents": ("SDPA + lse, each", "the same over packed documents one by one"),
+    "flex": ("FlexAttention", "compiled FlexAttention with the sink as one more key"),
+    "compile": ("torch.compile", "torch.compile of the reference"),
+    "transformers": ("transformers", "transformers' own module or function"),
+    "transformers_compile": ("compiled transformers", "the same under torch.compile"),
+    "eager": ("transformers, eager", "transformers' experts, a loop, on dense weights"),
+    "grouped_mm": ("transformers, grouped", "transformers' grouped_mm, on dense weights"),
+    "linear_out_in": ("F.linear each", "one bf16 F.linear an expert on turned weights"),
+    "hf": ("transformers", "transformers' SigLIP2 processor and embeddings"),
+    "hf_embed": ("SigLIP2 embeddings", "the embeddings alone, from normalised patches: a bound"),
+    "hf_conv": ("transformers", "transformers' CLIP embeddings after normalising"),
+    "hf_conv_channels_last": ("channels-last CLIP", "the same in the channels-last format"),
+    "packed_mm": ("packed eager", "one GEMM over all patches, positions by matrices"),
+    "unfold_fold": ("unfold", "one GEMM with the normalisation folded into its weights"),
+    "linear_only": ("GEMM alone", "the projection alone, on prepared rows: a bound"),
+}  # fmt: skip
+PEER_KINDS = {"flex": "peer2", "grouped_mm": "peer2", "transformers_compile": "peer2"}
+CASE = re.compile(
+    r"(?P<op>\w+) (?P<case>.+?)(?:_T(?P<rows>\d+))? (?P<dtype>float32|bfloat16|float16)"
+    r"(?: .*?\b[TS](?P<size>\d+)\b| \S+)?.*?(?: x(?P<calls>\d+)| (?P<steps>\d+) steps)?"
+)
+
+# (op, case): title, unit of y, x. Decoding's cases of a whole cache are one.
+SWEEPS = {
+    ("attention", "full_fwd"): ("Attention, every key, forward", "rate", "tokens T"),
+    ("attention", "full_fwdbwd"): ("Attention, every key, forward and backward", "rate", "tokens T"),
+    ("attention", "window_fwd"): ("Attention, window 128, forward", "rate", "tokens T"),
+    ("attention", "window_fwdbwd"): ("Attention, window 128, forward and backward", "rate", "tokens T"),
+    ("decode_attention", "cache"): ("Decoding attention, one token", "ms", "keys in the cache"),
+    ("experts", "mxfp4_fwd"): ("Experts on packed MXFP4 weights, forward", "ms", "tokens"),
+    ("experts", "dense_fwd"): ("Experts on dense weights, forward", "ms", "tokens"),
+    ("routing", "fwd"): ("Routing, forward", "ms", "tokens"),
+}  # fmt: skip
+SHAPES = {
+    "attention": "gpt-oss's 64 / 8 heads, head_dim 64; one causal sequence",
+    "decode_attention": "gpt-oss's 64 / 8 heads, head_dim 64; batch 1",
+    "experts": "gpt-oss-20b's 32 experts, top 4, 2,880 wide; peers hold the same values dense",
+    "routing": "gpt-oss-20b's router: 2,880 wide, 32 experts, top 4",
+}
+# The picture of a machine: a pattern of the group's name, its words
+OVERVIEW = (
+    (r"attention full_fwd \w+ T2048 ", "attention, 2,048 tokens"),
+    (r"attention full_fwdbwd \w+ T2048 ", "forward and backward"),
+    (r"attention window_fwd \w+ T2048 ", "attention, window 128"),
+    (r"attention window_fwdbwd \w+ T2048 ", "forward and backward"),
+    (r"attention reports_fwdbwd ", "packed reports, both passes"),
+    (r"decode_attention (long|cache) \w+ S32768 ", "decoding, 32,768 keys"),
+    (r"decode_attention window ", "decoding, window 128"),
+    (r"routing fwd \w+ T2048", "routing, 2,048 tokens"),
+    (r"experts mxfp4_fwd_T1 ", "MXFP4 experts, 1 token"),
+    (r"experts mxfp4_fwd_T64 ", "MXFP4 experts, 64 tokens"),
+    (r"experts mxfp4_fwd_T512 ", "MXFP4 experts, 512 tokens"),
+    (r"experts mxfp4_fwdbwd_T512 ", "forward and backward"),
+    (r"experts dense_fwdbwd_T512 ", "dense experts, 512, both passes"),
+    (r"patch_embed naflex fwd ", "patch_embed, radiographs"),
+    (r"patch_embed naflex fwd\+bwd ", "forward and backward"),
+    (r"patch_embed clip fwd ", "patch_embed, CLIP tiles"),
+    (r"rotary fwd ", "rotary, 2,048 tokens"),
+)
+
+
+class Case(NamedTuple):
+    """A group's name taken apart."""
+
+    op: str
+    case: str
+    dtype: str
+    size: int  # tokens, or keys; 0 where the name has none
+    calls: int  # that one timing covers
+
+
+def parse(group: str) -> Case:
+    found = CASE.fullmatch(group)
+    if not found:
+        raise ValueError(f"figures: expected '<op> <case> <dtype> ...', got {group!r}")
+    case = found["case"]
+    if found["op"] == "decode_attention" and case in ("long", "short"):
+        case = "cache"
+    calls = int(found["calls"] or found["steps"] or 1)
+    return Case(found["op"], case, found["dtype"], int(found["rows"] or found["size"] or 0), calls)
+
+
+def label(contender: str) -> str:
+    return OURS.get(contender) or OTHERS.get(contender, (contender,))[0]
+
+
+def kind(contender: str, row: dict) -> str:
+    if row["kind"] == "ours":
+        return "ours" if contender in ("cpu", "triton") else "ours2"
+    return PEER_KINDS.get(contender, "peer") if row["kind"] == "peer" else row["kind"]
+
+
+def fastest(group: dict) -> tuple[str, dict] | None:
+    """Our fastest backend of a group."""
+    ours = [item for item in group["contenders"].items() if item[1]["kind"] == "ours"]
+    return min(ours, key=lambda item: item[1]["median_ms"], default=None)
+
+
+def source(path: str, run: dict) -> list[str]:
+    """Two lines at the foot of each figure."""
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v)
+    return [f"{run['machine']}; {run['date']}; medians, quartiles as lines; {path}", versions]
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def overview(path: str, run: dict) -> str | None:
+    """How many times as fast as its strongest exact peer each chosen case is; fp32, else bf16."""
+    bars = []
+    for pattern, words in OVERVIEW:
+        groups = [n for n in run["groups"] if re.match(pattern, n)]
+        groups.sort(key=lambda n: (parse(n).dtype != "float32", n))
+        ours = fastest(run["groups"][groups[0]]) if groups else None
+        peer = run["groups"][groups[0]]["strongest_peer"] if groups else None
+        if not ours or not peer:
+            continue
+        row, other = ours[1], run["groups"][groups[0]]["contenders"][peer]
+        calls = parse(groups[0]).calls
+        times = [milliseconds(r["median_ms"] / calls) for r in (row, other)]
+        bars.append(
+            svg.Bar(
+                words,
+                other["median_ms"] / row["median_ms"],
+                other["q1_ms"] / row["q3_ms"],
+                other["q3_ms"] / row["q1_ms"],
+                f"{times[0]} ms, {label(peer)} {times[1]}",
+            )
+        )
+    if len(bars) < 2:
+        return None
+    return svg.bar_chart(
+        "Times as fast as the strongest exact peer",
+        "gpt-oss-20b's sizes, real radiographs; beside each bar the ratio and both times of one call",
+        "peer's time over ours; 1 is the peer's speed",
+        bars,
+        source(path, run),
+    )
+
+
+def _values(row: dict, unit: str, calls: int) -> tuple[float, float, float]:
+    """Median and quartiles in the figure's unit; a rate falls as times rise."""
+    times = [row[k] / calls for k in ("median_ms", "q1_ms", "q3_ms")]
+    if unit == "ms":
+        return times[0], times[1], times[2]
+    work = row["gflops"] * times[0]
+    return row["gflops"], work / times[2], work / times[1]
+
+
+def sweep(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
+    """Lines over sizes, or None where the run has fewer than two sizes of ours."""
+    title, unit, x_label = SWEEPS[op, case]
+    lines: dict[str, list] = {}
+    kinds = {}
+    for name, group in run["groups"].items():
+        parsed = parse(name)
+        if parsed[:3] != (op, case, dtype) or not parsed.size:
+            continue
+        for contender, row in group["contenders"].items():
+            kinds[contender] = kind(contender, row)
+            point = (parsed.size, *_values(row, unit, parsed.calls))
+            lines.setdefault(contender, []).append(point)
+    ours = [n for n in lines if kinds[n].startswith("ours")]
+    if not ours or max(len(lines[n]) for n in ours) < 2:
+        return None
+    series = [svg.Series(label(n), kinds[n], sorted(points)) for n, points in lines.items()]
+    roof = run["roofs"]["gemm_gflops"].get(dtype) if unit == "rate" else None
+    return svg.line_chart(
+        f"{title}, {dtype}",
+        SHAPES[op],
+        x_label,
+        "GFLOP/s of the op's least work" if unit == "rate" else "ms a call",
+        series,
+        source(path, run),
+        log_y=unit == "ms",
+        roof=("GEMM, measured", roof) if roof else None,
+    )
+
+
+def memory(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
+    """Peak memory over sizes, beside the least that any implementation holds."""
+    rows = [r for r in run.get("memory", ()) if (r["op"], r["case"], r["dtype"]) == (op, case, dtype)]
+    lines: dict[str, list] = {}
+    for row in rows:
+        for name, value in ((row["contender"], row["peak_mb"]), ("least", row["least_mb"])):
+            lines.setdefault(name, []).append((row["tokens"], value, value, value))
+    if max((len(set(points)) for points in lines.values()), default=0) < 2:
+        return None
+    kinds = {r["contender"]: kind(r["contender"], r) for r in rows} | {"least": "bound"}
+    series = [
+        svg.Series("inputs and outputs" if n == "least" else label(n), kinds[n], sorted(set(points)))
+        for n, points in lines.items()
+    ]
+    window = "window 128" if case == "window" else "every key"
+    return svg.line_chart(
+        f"Memory of attention, {window}, forward and backward, {dtype}",
+        "peak with inputs, outputs and gradients; gpt-oss's 64 / 8 heads, head_dim 64",
+        "tokens T",
+        "MB",
+        series,
+        [source(path, run)[0].replace("medians, quartiles as lines; ", ""), source(path, run)[1]],
+        log_y=True,
+    )
+
+
+def figures(path: str, run: dict) -> Iterator[tuple[str, str]]:
+    """(name, SVG) of everything that this run can show."""
+    drawn = [("speedup", overview(path, run))]
+    for dtype in ("float32", "bfloat16"):
+        for op, case in SWEEPS:
+            drawn.append((f"{op}-{case}-{dtype}", sweep(path, run, op, case, dtype)))
+        for case in ("full", "window"):
+            drawn.append((f"memory-attention-{case}-{dtype}", memory(path, run, "attention", case, dtype)))
+    yield from ((name, text) for name, text in drawn if text)
