@@ -4,7 +4,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))"
 export OMP_NUM_THREADS ?= $(THREADS)
 CXX_FILES = csrc/*.* csrc/*/* $(filter-out %.py,$(wildcard tests/cuda_host/*.*))
 
-.PHONY: install check format test test-slow aot bench bench-slow bench-sweep bench-save bench-compare memory demo wheel gpu-report clean
+.PHONY: install check format test test-slow aot bench bench-slow bench-sweep bench-save bench-compare memory docs demo wheel gpu-report clean
 
 install:  ## editable, with everything the tests need
 	$(PYTHON) -m pip install -c constraints.txt -e ".[dev]"
@@ -42,6 +42,9 @@ bench-save:  ## as bench, and write benchmarks/results/
 
 bench-compare:  ## OLD=... NEW=...: fails where one of ours lost against the run's own baseline
 	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)
+
+docs:  ## docs/performance.md, its plots and README's figures, from benchmarks/results
+	$(PYTHON) benchmarks/performance.py
 
 demo:  ## the three stages on real pictures and reports with the tiny model, a few minutes
 	$(PYTHON) examples/demo_curriculum.py build/demo

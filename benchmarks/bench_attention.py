@@ -34,7 +34,11 @@ CASES = {
     "reports_fwdbwd": (0, 0, torch.float32, True, (*OURS, "lse_documents")),
 }
 SWEEP = {  # the other sizes of the plots; make bench-sweep
-    f"{case}_{tokens}": (tokens, *CASES[case][1:4], (*OURS, "lse_chunk" if CASES[case][1] else "lse"))
+    f"{case}_{tokens}": (
+        tokens,
+        *CASES[case][1:4],
+        (*OURS, "lse_chunk" if CASES[case][1] else "lse"),
+    )
     for case, sizes in {
         "full_fwd": (256, 512, 1024),
         "full_fwdbwd": (256, 512, 1024),

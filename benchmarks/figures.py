@@ -41,14 +41,14 @@ CASE = re.compile(
 # (op, case): title, unit of y, x. Decoding's cases of a whole cache are one.
 SWEEPS = {
     ("attention", "full_fwd"): ("Attention, every key, forward", "rate", "tokens T"),
-    ("attention", "full_fwdbwd"): ("Attention, every key, forward and backward", "rate", "tokens T"),
+    ("attention", "full_fwdbwd"): ("Attention, every key, both passes", "rate", "tokens T"),
     ("attention", "window_fwd"): ("Attention, window 128, forward", "rate", "tokens T"),
-    ("attention", "window_fwdbwd"): ("Attention, window 128, forward and backward", "rate", "tokens T"),
+    ("attention", "window_fwdbwd"): ("Attention, window 128, both passes", "rate", "tokens T"),
     ("decode_attention", "cache"): ("Decoding attention, one token", "ms", "keys in the cache"),
     ("experts", "mxfp4_fwd"): ("Experts on packed MXFP4 weights, forward", "ms", "tokens"),
     ("experts", "dense_fwd"): ("Experts on dense weights, forward", "ms", "tokens"),
     ("routing", "fwd"): ("Routing, forward", "ms", "tokens"),
-}  # fmt: skip
+}
 SHAPES = {
     "attention": "gpt-oss's 64 / 8 heads, head_dim 64; one causal sequence",
     "decode_attention": "gpt-oss's 64 / 8 heads, head_dim 64; batch 1",
@@ -151,7 +151,7 @@ def overview(path: str, run: dict) -> str | None:
         return None
     return svg.bar_chart(
         "Times as fast as the strongest exact peer",
-        "gpt-oss-20b's sizes, real radiographs; beside each bar the ratio and both times of one call",
+        "gpt-oss-20b's sizes, real radiographs; beside each bar its ratio and both times",
         "peer's time over ours; 1 is the peer's speed",
         bars,
         source(path, run),
@@ -199,7 +199,9 @@ def sweep(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
 
 def memory(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
     """Peak memory over sizes, beside the least that any implementation holds."""
-    rows = [r for r in run.get("memory", ()) if (r["op"], r["case"], r["dtype"]) == (op, case, dtype)]
+    rows = [
+        r for r in run.get("memory", ()) if (r["op"], r["case"], r["dtype"]) == (op, case, dtype)
+    ]
     lines: dict[str, list] = {}
     for row in rows:
         for name, value in ((row["contender"], row["peak_mb"]), ("least", row["least_mb"])):
@@ -208,7 +210,9 @@ def memory(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
         return None
     kinds = {r["contender"]: kind(r["contender"], r) for r in rows} | {"least": "bound"}
     series = [
-        svg.Series("inputs and outputs" if n == "least" else label(n), kinds[n], sorted(set(points)))
+        svg.Series(
+            "inputs and outputs" if n == "least" else label(n), kinds[n], sorted(set(points))
+        )
         for n, points in lines.items()
     ]
     window = "window 128" if case == "window" else "every key"
@@ -230,5 +234,7 @@ def figures(path: str, run: dict) -> Iterator[tuple[str, str]]:
         for op, case in SWEEPS:
             drawn.append((f"{op}-{case}-{dtype}", sweep(path, run, op, case, dtype)))
         for case in ("full", "window"):
-            drawn.append((f"memory-attention-{case}-{dtype}", memory(path, run, "attention", case, dtype)))
+            drawn.append(
+                (f"memory-attention-{case}-{dtype}", memory(path, run, "attention", case, dtype))
+            )
     yield from ((name, text) for name, text in drawn if text)

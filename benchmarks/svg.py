@@ -1,4 +1,4 @@
-"""Small charts as SVG text: lines over logarithmic or linear axes, and bars; the same input, the same bytes.
+"""Small charts as SVG text, lines and bars; the same input gives the same bytes.
 
 They lie on a card of their own, dark where the reader's system is, and name each line at its end.
 """
@@ -11,16 +11,16 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 66, 168, 76, 84
 LINE = 17  # between lines of text
-KINDS = ("ours", "ours2", "peer", "peer2", "peer3", "bound", "baseline")
+KINDS = ("ours", "ours2", "peer", "peer2", "bound", "baseline")
 
 LIGHT = {
     "card": "#ffffff", "edge": "#d1d9e0", "ink": "#1f2328", "muted": "#59636e", "grid": "#e6eaef",
-    "ours": "#0969da", "ours2": "#1b7c83", "peer": "#bc4c00", "peer2": "#8250df", "peer3": "#9a6700",
+    "ours": "#0969da", "ours2": "#1b7c83", "peer": "#bc4c00", "peer2": "#8250df",
     "bound": "#6e7781", "baseline": "#6e7781",
 }  # fmt: skip
 DARK = {
     "card": "#0d1117", "edge": "#3d444d", "ink": "#f0f6fc", "muted": "#9198a1", "grid": "#242b34",
-    "ours": "#4493f8", "ours2": "#39c5cf", "peer": "#f0883e", "peer2": "#bc8cff", "peer3": "#d29922",
+    "ours": "#4493f8", "ours2": "#39c5cf", "peer": "#f0883e", "peer2": "#bc8cff",
     "bound": "#8b949e", "baseline": "#8b949e",
 }  # fmt: skip
 
@@ -76,8 +76,9 @@ def log_ticks(lowest: float, highest: float) -> tuple[float, ...]:
     return tuple(t for t in ticks if first <= t <= max(last, 10 * first / steps[-1]))
 
 
-def text(x: float, y: float, words: str, kind: str = "muted", anchor: str = "start", more="") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
+def text(x: float, y: float, words: str, kind: str = "muted", anchor: str = "start") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {place} class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def number(value: float) -> str:
@@ -113,7 +114,8 @@ def _page(height: float, title: str, subtitle: str, source: Sequence[str], body:
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
         f'width="{WIDTH}" height="{height:.0f}" role="img">',
-        f"<title>{escape(title)}</title><desc>{escape(subtitle)}. {escape(' '.join(source))}</desc>",
+        f"<title>{escape(title)}</title>",
+        f"<desc>{escape('. '.join([subtitle, *source]))}</desc>",
         _style(),
         f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="8"/>',
         text(20, 29, title, "ink title"),
@@ -169,7 +171,9 @@ def line_chart(
     x_values = sorted({p[0] for line in lines for p in line.points})
     if roof:
         level = roof[1]
-        lines.append(Series(roof[0], "bound", [(x_values[0], *[level] * 3), (x_values[-1], *[level] * 3)]))
+        lines.append(
+            Series(roof[0], "bound", [(x_values[0], *[level] * 3), (x_values[-1], *[level] * 3)])
+        )
     values = [p[i] for line in lines for p in line.points for i in (1, 2, 3)]
     y_ticks = log_ticks(min(values), max(values)) if log_y else linear_ticks(max(values))
     x = Axis(x_label, tuple(x_values), True, LEFT, WIDTH - RIGHT)
@@ -184,7 +188,8 @@ def line_chart(
         body.append(f'<path class="{line.kind}" d="M{path}"/>')
         for (a, b), (_, _, low, high) in zip(dots, line.points, strict=True):
             if roof is None or line.name != roof[0]:
-                body.append(f'<path class="{line.kind} range" d="M{a:.1f} {y.place(low):.1f}V{y.place(high):.1f}"/>')
+                quartiles = f"M{a:.1f} {y.place(low):.1f}V{y.place(high):.1f}"
+                body.append(f'<path class="{line.kind} range" d="{quartiles}"/>')
                 body.append(f'<circle class="{line.kind}" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>')
         if line.name in ends:
             body.append(text(x.end + 12, ends[line.name] + 4, line.name, line.kind))
@@ -193,7 +198,9 @@ def line_chart(
     return _page(HEIGHT, title, subtitle, source, body)
 
 
-def bar_chart(title: str, subtitle: str, label: str, bars: Sequence[Bar], source: Sequence[str]) -> str:
+def bar_chart(
+    title: str, subtitle: str, label: str, bars: Sequence[Bar], source: Sequence[str]
+) -> str:
     """Horizontal bars from zero, with a line at 1, where both sides are equal."""
     names, row, top = 236, 24, 72
     bottom = top + row * len(bars)
@@ -209,8 +216,10 @@ def bar_chart(title: str, subtitle: str, label: str, bars: Sequence[Bar], source
         end = x.place(bar.value)
         kind = "ours" if bar.value >= 1 else "peer"
         body.append(text(names - 10, middle + 4, bar.name, "ink", "end"))
-        body.append(f'<rect class="{kind}" x="{names}" y="{middle - 7:.1f}" width="{end - names:.1f}" height="14" rx="2"/>')
-        body.append(f'<path class="axis" d="M{x.place(bar.low):.1f} {middle:.1f}H{x.place(bar.high):.1f}"/>')
+        place = f'x="{names}" y="{middle - 7:.1f}" width="{end - names:.1f}"'
+        body.append(f'<rect class="{kind}" {place} height="14" rx="2"/>')
+        quartiles = f"M{x.place(bar.low):.1f} {middle:.1f}H{x.place(bar.high):.1f}"
+        body.append(f'<path class="axis" d="{quartiles}"/>')
         at = x.place(max(bar.high, bar.value)) + 8
         body.append(text(at, middle + 4, f"{bar.value:.2f}", "ink"))
         body.append(text(at + 34, middle + 4, bar.words))
