@@ -1,6 +1,8 @@
 """docs/performance.md, its plots and README's figures are what `make docs` makes of the results."""
 
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -87,7 +89,7 @@ def test_every_plot_names_its_source_and_stays_inside():
         tree = ElementTree.fromstring(text)
         height = float(tree.get("height"))
         words = [e.text for e in tree.iter() if e.tag.endswith("}text")]
-        assert any(".json" in w and "2026-" in w for w in words)
+        assert any(".json" in w and re.search(r"\d{4}-\d\d-\d\d;", w) for w in words)
         assert any("torch 2." in w for w in words)
         for element in tree.iter():
             for key, limit in (("x", svg.WIDTH), ("cx", svg.WIDTH), ("y", height), ("cy", height)):
@@ -127,4 +129,4 @@ def test_axes():
     assert svg.log_ticks(3, 40) == (2, 5, 10, 20, 50)
     placed = svg.spread([50, 51, 52, 300], 0, 300)
     assert placed == sorted(placed)
-    assert all(b - a >= svg.LINE for a, b in zip(placed, placed[1:], strict=False))
+    assert all(b - a >= svg.LINE for a, b in itertools.pairwise(placed))
