@@ -46,6 +46,11 @@ bench-save:  ## as bench, and write benchmarks/results/
 bench-compare:  ## OLD=... NEW=...: fails where one of ours lost against the run's own baseline
 	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)
 
+memory:  ## peak memory of attention over sizes, into benchmarks/results; of experts and patch_embed
+	$(PYTHON) benchmarks/memory_sweep.py --save-result
+	$(PYTHON) benchmarks/memory_experts.py
+	$(PYTHON) benchmarks/memory_patch_embed.py
+
 docs:  ## docs/performance.md, docs/support.md and README's figures, from result files
 	$(PYTHON) benchmarks/performance.py
 	$(PYTHON) docs/make_support.py

@@ -34,10 +34,10 @@ ROW = re.compile(r"^\| `(.+?)` \| (\w+) \| [\d,.]+ \| (\w+) \| [\d,.]+ \| [\d.]+
 
 
 def load(folder: Path) -> list[tuple[str, dict]]:
-    """(file name, run) of the full runs, oldest first."""
+    """(file name, run) of the full runs, oldest first; other files of that folder are passed by."""
     runs = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     return sorted(
-        ((name, run) for name, run in runs if not run["short"]),
+        ((name, run) for name, run in runs if not run.get("short", True)),
         key=lambda item: (item[1]["date"], item[0]),
     )
 

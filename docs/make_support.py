@@ -96,10 +96,8 @@ def tables(root: Path) -> dict[str, str]:
 
 def page(data: dict, made: dict, found: list[str], summary: str) -> str:
     lines = ["# Support", "", "Made by `make docs` from [support.json](support.json), not by hand."]
-    lines += [
-        "*Tested* means that CI (`.ci/run`) or a run below executed it; *compiled only* that the kernels"
-    ]
-    lines += ["pass the ahead-of-time gate for it and no one has run them there.", "", summary]
+    lines += ["*Tested* means that CI (`.ci/run`) or a run below executed it; *compiled only*"]
+    lines += ["that the kernels pass the ahead-of-time gate for it, unexecuted.", "", summary]
     lines += ["## Cards", "", "| card | for example | kernels | state |", "|---|---|---|---|"]
     for name, compilers in made.items():
         evidence = data["cards"].get(name)

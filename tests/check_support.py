@@ -3,7 +3,7 @@
 Each interpreter (by default every python3.10 ... 3.14 on the PATH) builds the package from the
 tracked files into a folder of its own and runs `--selftest` there, away from the sources. One that
 has torch is used as it is; another gets an environment with constraints.txt's torch, a download of
-gigabytes where no CPU build is at hand. --save writes what passed and failed into docs/support.json.
+gigabytes where no CPU build is at hand. --save writes what passed into docs/support.json.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def version(name):
 from medgpt_kernels import native, registry
 try: isa = native.cpu().isa
 except registry.Unsupported: isa = None
-names = ("torch", "triton", "transformers")
-print(json.dumps({"python": platform.python_version(), **{n: version(n) for n in names}, "isa": isa}))
+versions = {n: version(n) for n in ("torch", "triton", "transformers")}
+print(json.dumps({"python": platform.python_version(), **versions, "isa": isa}))
 """
 
 

@@ -94,6 +94,15 @@ def test_links_lead_somewhere():
     assert broken_links(ROOT / "README.md", "[a](docs/absent.md)") == ["docs/absent.md"]
 
 
+def test_make_has_what_it_names():
+    text = (ROOT / "Makefile").read_text()
+    rules = set(re.findall(r"^([\w-]+):", text, re.M))
+    assert set(re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split()) == rules
+    for path in tracked("*.md"):
+        named = set(re.findall(r"`make ([\w-]+)", path.read_text()))
+        assert named <= rules, (path, named - rules)
+
+
 def test_no_torch_in_native_code():
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():
