@@ -55,25 +55,26 @@ SHAPES = {
     "experts": "gpt-oss-20b's 32 experts, top 4, 2,880 wide; peers hold the same values dense",
     "routing": "gpt-oss-20b's router: 2,880 wide, 32 experts, top 4",
 }
-# The picture of a machine: a pattern of the group's name, its words
+# The picture of a machine: op, case, the sizes of which the first that was timed is shown, words
+LONG = (2048, 4096, 16384)
 OVERVIEW = (
-    (r"attention full_fwd \w+ T2048 ", "attention, 2,048 tokens"),
-    (r"attention full_fwdbwd \w+ T2048 ", "forward and backward"),
-    (r"attention window_fwd \w+ T2048 ", "attention, window 128"),
-    (r"attention window_fwdbwd \w+ T2048 ", "forward and backward"),
-    (r"attention reports_fwdbwd ", "packed reports, both passes"),
-    (r"decode_attention (long|cache) \w+ S32768 ", "decoding, 32,768 keys"),
-    (r"decode_attention window ", "decoding, window 128"),
-    (r"routing fwd \w+ T2048", "routing, 2,048 tokens"),
-    (r"experts mxfp4_fwd_T1 ", "MXFP4 experts, 1 token"),
-    (r"experts mxfp4_fwd_T64 ", "MXFP4 experts, 64 tokens"),
-    (r"experts mxfp4_fwd_T512 ", "MXFP4 experts, 512 tokens"),
-    (r"experts mxfp4_fwdbwd_T512 ", "forward and backward"),
-    (r"experts dense_fwdbwd_T512 ", "dense experts, 512, both passes"),
-    (r"patch_embed naflex fwd ", "patch_embed, radiographs"),
-    (r"patch_embed naflex fwd\+bwd ", "forward and backward"),
-    (r"patch_embed clip fwd ", "patch_embed, CLIP tiles"),
-    (r"rotary fwd ", "rotary, 2,048 tokens"),
+    ("attention", "full_fwd", LONG, "attention, {:,} tokens"),
+    ("attention", "full_fwdbwd", LONG, "forward and backward"),
+    ("attention", "window_fwd", LONG, "attention, window 128"),
+    ("attention", "window_fwdbwd", LONG, "forward and backward"),
+    ("attention", "reports_fwdbwd", (), "packed reports, both passes"),
+    ("decode_attention", "cache", (32768,), "decoding, {:,} keys"),
+    ("decode_attention", "window", (), "decoding, window 128"),
+    ("routing", "fwd", LONG, "routing, {:,} tokens"),
+    ("experts", "mxfp4_fwd", (1,), "MXFP4 experts, {:,} token"),
+    ("experts", "mxfp4_fwd", (64,), "MXFP4 experts, {:,} tokens"),
+    ("experts", "mxfp4_fwd", (512,), "MXFP4 experts, {:,} tokens"),
+    ("experts", "mxfp4_fwdbwd", (512,), "forward and backward"),
+    ("experts", "dense_fwdbwd", (512,), "dense experts, {:,}, both passes"),
+    ("patch_embed", "naflex_fwd", (), "patch_embed, radiographs"),
+    ("patch_embed", "naflex_fwdbwd", (), "forward and backward"),
+    ("patch_embed", "clip_fwd", (), "patch_embed, CLIP tiles"),
+    ("rotary", "fwd", (), "rotary, {:,} tokens"),
 )
 
 
@@ -87,15 +88,36 @@ class Case(NamedTuple):
     calls: int  # that one timing covers
 
 
-def parse(group: str) -> Case:
+def parse(group: str, facts: dict | None = None) -> Case:
+    """A group's name, or what the group itself says of its tokens and dtype (on a card)."""
+    facts = facts or {}
     found = CASE.fullmatch(group)
-    if not found:
+    if not found and "dtype" not in facts:
         raise ValueError(f"figures: expected '<op> <case> <dtype> ...', got {group!r}")
-    case = found["case"]
-    if found["op"] == "decode_attention" and case in ("long", "short"):
+    if "dtype" in facts:
+        op, *words = group.split()
+        case = " ".join(w for w in words if w != "B1" and not re.fullmatch(r"[TS]\d+", w))
+        dtype, size, calls = facts["dtype"], facts["tokens"], 1
+    else:
+        op, case, dtype = found["op"], found["case"], found["dtype"]
+        size = int(found["rows"] or found["size"] or 0)
+        calls = int(found["calls"] or found["steps"] or 1)
+    case = case.replace(" ", "_").replace("fwd+bwd", "fwdbwd")
+    if op == "decode_attention" and case in ("long", "short", "full"):
         case = "cache"
-    calls = int(found["calls"] or found["steps"] or 1)
-    return Case(found["op"], case, found["dtype"], int(found["rows"] or found["size"] or 0), calls)
+    return Case(op, case, dtype, size, calls)
+
+
+def shown(run: dict, op: str, case: str, sizes: tuple[int, ...]) -> tuple[Case, dict] | None:
+    """The group for a bar: of the first size that was timed, in fp32 where it was."""
+    parsed = [(parse(n, g), g) for n, g in run["groups"].items()]
+    fitting = [item for item in parsed if item[0][:2] == (op, case)]
+    fitting.sort(key=lambda item: item[0].dtype != "float32")
+    for size in sizes or {item[0].size for item in fitting}:
+        for item in fitting:
+            if item[0].size == size and fastest(item[1]) and item[1]["strongest_peer"]:
+                return item
+    return None
 
 
 def label(contender: str) -> str:
@@ -128,19 +150,17 @@ def milliseconds(value: float) -> str:
 def overview(path: str, run: dict) -> str | None:
     """How many times as fast as its strongest exact peer each chosen case is; fp32, else bf16."""
     bars = []
-    for pattern, words in OVERVIEW:
-        groups = [n for n in run["groups"] if re.match(pattern, n)]
-        groups.sort(key=lambda n: (parse(n).dtype != "float32", n))
-        ours = fastest(run["groups"][groups[0]]) if groups else None
-        peer = run["groups"][groups[0]]["strongest_peer"] if groups else None
-        if not ours or not peer:
+    for op, case, sizes, words in OVERVIEW:
+        found = shown(run, op, case, sizes)
+        if not found:
             continue
-        row, other = ours[1], run["groups"][groups[0]]["contenders"][peer]
-        calls = parse(groups[0]).calls
-        times = [milliseconds(r["median_ms"] / calls) for r in (row, other)]
+        parsed, group = found
+        peer = group["strongest_peer"]
+        row, other = fastest(group)[1], group["contenders"][peer]
+        times = [milliseconds(r["median_ms"] / parsed.calls) for r in (row, other)]
         bars.append(
             svg.Bar(
-                words,
+                words.format(parsed.size),
                 other["median_ms"] / row["median_ms"],
                 other["q1_ms"] / row["q3_ms"],
                 other["q3_ms"] / row["q1_ms"],
@@ -173,7 +193,7 @@ def sweep(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
     lines: dict[str, list] = {}
     kinds = {}
     for name, group in run["groups"].items():
-        parsed = parse(name)
+        parsed = parse(name, group)
         if parsed[:3] != (op, case, dtype) or not parsed.size:
             continue
         for contender, row in group["contenders"].items():
@@ -184,7 +204,7 @@ def sweep(path: str, run: dict, op: str, case: str, dtype: str) -> str | None:
     if not ours or max(len(lines[n]) for n in ours) < 2:
         return None
     series = [svg.Series(label(n), kinds[n], sorted(points)) for n, points in lines.items()]
-    roof = run["roofs"]["gemm_gflops"].get(dtype) if unit == "rate" else None
+    roof = run.get("roofs", {}).get("gemm_gflops", {}).get(dtype) if unit == "rate" else None
     return svg.line_chart(
         f"{title}, {dtype}",
         SHAPES[op],

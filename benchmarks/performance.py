@@ -36,6 +36,9 @@ ROW = re.compile(r"^\| `(.+?)` \| (\w+) \| [\d,.]+ \| (\w+) \| [\d,.]+ \| [\d.]+
 def load(folder: Path) -> list[tuple[str, dict]]:
     """(file name, run) of the full runs, oldest first; other files of that folder are passed by."""
     runs = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    for group in (g for _, run in runs for g in run.get("groups", {}).values()):
+        timed = {n: row for n, row in group["contenders"].items() if "median_ms" in row}
+        group["contenders"] = timed  # on a card those that failed or are not installed stand beside
     return sorted(
         ((name, run) for name, run in runs if not run.get("short", True)),
         key=lambda item: (item[1]["date"], item[0]),

@@ -111,11 +111,21 @@ def test_a_figure_needs_two_sizes():
         ("experts mxfp4_fwd_T1 float32 E32 top4 H2880 4 steps", ("mxfp4_fwd", "float32", 1, 4)),
         ("decode_attention cache bfloat16 S1024 H64/8 D64", ("cache", "bfloat16", 1024, 1)),
         ("routing fwd float32 T16 x20", ("fwd", "float32", 16, 20)),
-        ("patch_embed clip fwd float32 13x336px D1024 P14", ("clip fwd", "float32", 0, 1)),
+        ("patch_embed clip fwd float32 13x336px D1024 P14", ("clip_fwd", "float32", 0, 1)),
     ],
 )
 def test_names_are_taken_apart(name, case):
     assert figures.parse(name)[1:] == case
+
+
+def test_groups_of_a_card_say_it_themselves():
+    facts = {"dtype": "bfloat16", "tokens": 4096}
+    assert figures.parse("attention window fwd+bwd T4096", facts) == (
+        "attention", "window_fwdbwd", "bfloat16", 4096, 1,
+    )  # fmt: skip
+    facts["tokens"] = 32768
+    assert figures.parse("decode_attention full B1 S32768", facts)[1] == "cache"
+    assert figures.parse("decode_attention full B32 S32768", facts)[1] == "full_B32"
 
 
 def test_a_name_without_dtype_is_refused():
