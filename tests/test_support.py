@@ -86,6 +86,7 @@ def test_cis_run_has_its_versions():
 
 
 def test_the_lowest_versions_were_run():
-    for name, least in make_support.bounds(ROOT).items():
+    for name in ("torch", "triton", "transformers"):
+        least = make_support.bounds(ROOT)[name]
         seen = {make_support.short(r[name]) for r in data()["runs"] if r.get(name)}
         assert least in seen, f"no run of {name} {least}: make test-support"
