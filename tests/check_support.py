@@ -26,7 +26,7 @@ def version(name):
 from medgpt_kernels import native, registry
 try: isa = native.cpu().isa
 except registry.Unsupported: isa = None
-versions = {n: version(n) for n in ("torch", "triton", "transformers")}
+versions = {"torch": version("torch"), "triton": None, "transformers": None}  # not run here
 print(json.dumps({"python": platform.python_version(), **versions, "isa": isa}))
 """
 
