@@ -20,6 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTo
 
 from medgpt_kernels import roofline
 from medgpt_kernels.integrations.gpt_oss import FusedGptOssAttention
+from medgpt_kernels.integrations.int8 import Int8Linear
 from medgpt_kernels.integrations.packed import PackedExperts
 from medgpt_kernels.integrations.paged_cache import PagedCache
 from medgpt_kernels.integrations.transformers import patch, register
@@ -66,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=256, help="length of the random prompt")
     add("--tokens", type=int, default=32, help="to generate, and again with a clock on every op")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but experts")
+    add("--projections", choices=("int8",), help="these and the head in 8 bits, not in --dtype")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=None, help="default: what torch takes")
     add("--tiny", action="store_true", help="hidden 128 and 1,000 words, to try it out")
@@ -110,7 +112,7 @@ class Weights:
 
 
 @torch.no_grad()
-def build(config, dtype: torch.dtype, seed: int, device="cpu") -> torch.nn.Module:
+def build(config, dtype: torch.dtype, seed: int, projections: str | None = None, device="cpu"):
     """The patched model, made layer by layer where it stays: no experts are ever dense."""
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM._from_config(config, dtype=dtype)
@@ -121,7 +123,7 @@ def build(config, dtype: torch.dtype, seed: int, device="cpu") -> torch.nn.Modul
     fill(model, weights)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     register()
-    patch(model, strict=True)
+    patch(model, strict=True, projections=projections)
     return model.eval().requires_grad_(False)
 
 
@@ -151,6 +153,7 @@ class Clock:
             PackedExperts: "experts",
             GptOssRMSNorm: "norms",
             torch.nn.Linear: "projections",
+            Int8Linear: "projections",
         }
         if module in (model, model.lm_head):
             return "rest" if module is model else "head"
@@ -216,9 +219,9 @@ def bytes_per_token(model, seen: int) -> dict[str, int]:
             1, k, k, hidden, inner, dtype=dtype, packed=True
         ).bytes
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, (torch.nn.Linear, Int8Linear)):
             op = "head" if module is model.lm_head else "projections"
-            moved[op] += sum(p.nbytes for p in module.parameters())
+            moved[op] += sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
         elif isinstance(module, GptOssRMSNorm):
             moved["norms"] += 3 * module.weight.nbytes
     return moved
@@ -247,8 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
         **(TINY if args.tiny else SHAPE), num_hidden_layers=args.layers, rope_parameters=YARN
     )
     start = time.perf_counter()
-    model = build(config, getattr(torch, args.dtype), args.seed)
-    size = sum(p.nbytes for p in model.parameters())
+    model = build(config, getattr(torch, args.dtype), args.seed, args.projections)
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     print(f"{args.layers} layers, {size / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s")
     length = args.prompt_tokens + 2 * args.tokens
     cache = PagedCache(config, max_length=length)

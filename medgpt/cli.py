@@ -88,6 +88,7 @@ def _answering(add) -> None:
     add("--reasoning", choices=EFFORTS, default="medium")
     add("--window", help="CT window of DICOM images, as lung, bone, brain")
     add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--projections", choices=("int8",), help="faster on a CPU: all but experts in 8 bits")
     add("--device", help="default: the GPU where there is one")
 
 
@@ -195,7 +196,8 @@ def load(args):
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without it: an assertion
             raise ValueError(f"expected a device of this machine, got {device!r}") from error
-        return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
+        dtype, projections = getattr(torch, args.dtype), args.projections
+        return checkpoint.load(args.directory, dtype=dtype, device=device, projections=projections)
 
 
 def options(args) -> dict:

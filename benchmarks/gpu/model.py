@@ -51,7 +51,7 @@ def config_of(place: Place):
 def fused_model(place: Place) -> torch.nn.Module:
     import generate_20b_shape as example
 
-    return example.build(config_of(place), torch.bfloat16, 0, place.device)
+    return example.build(config_of(place), torch.bfloat16, 0, device=place.device)
 
 
 def dense_model(place: Place) -> torch.nn.Module:
