@@ -164,6 +164,8 @@ def test_dry_run_of_all_parts(tmp_path):
     assert all(part["complete"] and part["findings"] for part in record["parts"].values())
     text = (tmp_path / "gpu-dry-run-on-the-cpu.md").read_text()
     assert page.DRY in text
+    assert record["short"], "or the documentation would show it"
+    assert "attention full fwd+bwd T40" in record["groups"]
     # no figure that could be taken for a measurement
     figures = r'"(median_ms|gflops|tokens_per_second|percent_of_roof|peak_gb)"'
     assert not re.search(figures, json.dumps(record))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import harness
 import torch
-from results import Measured, Outcome
+from results import BASELINE, Measured, Outcome
 
 from medgpt_kernels import roofline
 
@@ -218,6 +218,7 @@ def describe(measured: Measured, more: dict[str, dict], comparison: Comparison, 
         "dtype": str(measured.dtype)[6:],
         "bytes": measured.cost.bytes,
         "flops": measured.cost.flops,
+        "baseline": BASELINE,
         "strongest_peer": measured.strongest_peer(),
         "contenders": rows,
     }
