@@ -34,7 +34,8 @@ from medgpt.data.config import Curation, read_config
 from medgpt.data.curate import curate, remove_work
 from medgpt.data.decontaminate import Contamination
 from medgpt.data.inspector import Inspector
-from medgpt.data.rows import Rows, write_rows
+from medgpt.data.reader import Rows
+from medgpt.data.rows import write_rows
 from medgpt.images import load_image
 
 ROOT = Path(__file__).parent.parent

@@ -67,6 +67,9 @@ class SyntheticPacks:
     def sources(self, index: int) -> list[str]:
         return [SOURCES[(index + i) % 2] for i in range(3)]
 
+    def read(self, index: int) -> tuple[dict, list[str], list]:
+        return self[index], self.sources(index), []
+
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.count:
             raise IndexError(index)

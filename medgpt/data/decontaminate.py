@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from .features import hamming, image_hash, words
-from .rows import RowError, Rows, image_sources, inside, texts
+from .reader import Rows, image_sources
+from .rows import RowError, inside, texts
 
 LONG, SHORT = 13, 8  # words of an n-gram; SHORT for stems of fewer than LONG words
 COMMON = 10  # n-grams of more items than these are phrases of the exam, not an item

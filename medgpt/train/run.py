@@ -9,7 +9,10 @@ stage1:                  # fields of stages.Stage that differ
 
 import contextlib
 import dataclasses
+import importlib.util
+import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,9 +148,10 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
 
     from medgpt import checkpoint
     from medgpt.data.packing import PackedDataset
+    from medgpt.train.arguments import training_arguments
     from medgpt.train.checkpoints import is_complete, mark_complete
     from medgpt.train.lora import add_adapters, load_adapters
-    from medgpt.train.trainer import MedGPTTrainer, training_arguments
+    from medgpt.train.trainer import MedGPTTrainer
 
     stage, out = run.stage(number), Path(run.output) / f"stage{number}"
     result = out / "model"
@@ -155,6 +159,10 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         return result
     if not stage.mix:
         refuse(f"a mix of rows in stage{number}", "none", "train")
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        refuse("tensorboard (pip install tensorboard), or tensorboard: false", "neither", "train")
+    if run.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        refuse("deepspeed installed (pip install deepspeed)", "none", "train")
     cpu = run.device == "cpu" or not torch.cuda.is_available()
     half = run.dtype == "bfloat16"
     arguments = training_arguments(
@@ -179,7 +187,17 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         add_adapters(model, options.pop("rank"), **options)
     elif run.lora is not None:
         load_adapters(model, adapters_dir)
-    packs = PackedDataset(stage.paths, processor, stage.length, run.seed, weighting=stage.weighting)
+    with arguments.main_process_first(local=False):  # which counts tokens for all
+        packs = PackedDataset(
+            stage.paths,
+            processor,
+            stage.length,
+            run.seed,
+            weighting=stage.weighting,
+            workers=max(1, run.workers),
+        )
+    if arguments.process_index == 0:
+        print(_told(number, packs, out), file=sys.stderr)
     trainer = MedGPTTrainer(
         model, stage, packs, arguments, peak_flops=_peak_flops(run, cpu), processing_class=processor
     )
@@ -192,6 +210,19 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         mark_complete(result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _told(number: int, packs, out: Path) -> str:
+    """What a stage trains on, for the terminal; the same in stageN/data.json."""
+    documents, left_out = len(packs.documents), {k: n for k, n in packs.skipped.items() if n}
+    said = {"documents": documents, "packs": len(packs), "fill": round(packs.fill(), 4)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.json").write_text(json.dumps({**said, "left_out": left_out}, indent=1) + "\n")
+    without = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
+    return (
+        f"stage {number}: {documents} documents in {len(packs)} packs of {packs.length} tokens, "
+        f"{packs.fill():.1%} full; left out: {without}"
+    )
 
 
 def train_all(run: Run) -> Path:
