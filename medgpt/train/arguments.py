@@ -1,5 +1,6 @@
 """transformers' arguments of a stage, and what ZeRO-3 has to be told of the model."""
 
+import dataclasses
 import os
 
 import torch
@@ -9,6 +10,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from medgpt.train.stages import Stage
 from medgpt.vision import VisionEmbeddings
 from medgpt_kernels.integrations import refuse
+
+FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = next(  # renamed in transformers 5.2x
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in FIELDS
+)
 
 
 def training_arguments(
@@ -31,8 +37,8 @@ def training_arguments(
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": stage.packs_per_step // processes,
-        "gradient_checkpointing": stage.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: stage.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         "learning_rate": max(stage.learning_rates.values()),
         "lr_scheduler_type": "cosine",
         "warmup_steps": stage.warmup_ratio,
@@ -42,7 +48,8 @@ def training_arguments(
         "max_grad_norm": stage.max_grad_norm,
         "num_train_epochs": 1,  # Packs holds all epochs
         "max_steps": stage.max_steps or -1,
-        "optim": "adamw_torch",
+        # in one pass over the weights; DeepSpeed cuts them up for the plain one
+        "optim": "adamw_torch" if options.get("deepspeed") else "adamw_torch_fused",
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "save_steps": 100,

@@ -202,6 +202,7 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         model, stage, packs, arguments, peak_flops=_peak_flops(run, cpu), processing_class=processor
     )
     trainer.train()
+    trainer.save_state()  # with all that was logged
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from medgpt.train.arguments import prepare_for_zero3
 from medgpt.train.checkpoints import latest_complete, mark_complete
@@ -17,6 +17,7 @@ from medgpt.train.flops import forward_flops, step_flops
 from medgpt.train.lora import adapters, load_adapters, save_adapters
 from medgpt.train.measures import ExpertLoad, SourceLosses, Speed, load_ratios
 from medgpt.train.packs import OURS, Packs, only_pack
+from medgpt.train.progress import Progress
 from medgpt.train.stages import Stage, part_of, set_trainable
 
 LEFT_OUT = "left_out.jsonl"  # rows that turned out broken, in a stage's folder
@@ -61,6 +62,10 @@ class MedGPTTrainer(Trainer):
         self.expert_load, self.source_losses = ExpertLoad(model), SourceLosses()
         self.speed, self.seen, self.left_out = Speed(peak_flops), [], []
         self.add_callback(CompleteCheckpoints(self))
+        for theirs in (ProgressCallback, PrinterCallback):
+            self.remove_callback(theirs)
+        if not args.disable_tqdm:
+            self.add_callback(Progress())
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.packs)  # packs are in order of their seed
