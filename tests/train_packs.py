@@ -104,3 +104,15 @@ class SyntheticPacks:
             "max_length_k": int(lengths.max()),
             "loss_weights": torch.from_numpy(weights)[None],
         }
+
+
+def checkpoint_of(folder, seed: int = 0):
+    """A checkpoint of a model of 26 million values, nearly all of them of the real vocabulary."""
+    from medgpt import checkpoint
+
+    small = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
+    text = small.text_config
+    text.hidden_size, text.num_hidden_layers, text.intermediate_size = 64, 2, 64
+    text.layer_types = text.layer_types[:2]
+    torch.manual_seed(seed)
+    return checkpoint.create(small, folder / "model", dtype=torch.float32, progress=False)
