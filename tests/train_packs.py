@@ -106,13 +106,18 @@ class SyntheticPacks:
         }
 
 
-def checkpoint_of(folder, seed: int = 0):
-    """A checkpoint of a model of 26 million values, nearly all of them of the real vocabulary."""
-    from medgpt import checkpoint
-
-    small = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
-    text = small.text_config
+def small() -> MedGPTConfig:
+    """26 million values, nearly all of them of the real vocabulary."""
+    found = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
+    text = found.text_config
     text.hidden_size, text.num_hidden_layers, text.intermediate_size = 64, 2, 64
     text.layer_types = text.layer_types[:2]
+    return found
+
+
+def checkpoint_of(folder, seed: int = 0):
+    """A checkpoint of small()."""
+    from medgpt import checkpoint
+
     torch.manual_seed(seed)
-    return checkpoint.create(small, folder / "model", dtype=torch.float32, progress=False)
+    return checkpoint.create(small(), folder / "model", dtype=torch.float32, progress=False)
