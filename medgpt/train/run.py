@@ -181,6 +181,10 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
     whole = run.deepspeed is None and run.lora is None
     dtype = torch.bfloat16 if half and not whole else torch.float32
     model, processor = checkpoint.load(model_dir, dtype=dtype)
+    if run.deepspeed is not None:
+        # under ZeRO-3 transformers keeps all renamings that it knows, not those that it made, and
+        # would undo them on saving
+        model._weight_conversions = []
     if run.lora is not None and adapters_dir is None:
         options = dataclasses.asdict(run.lora)
         options.pop("learning_rate")
