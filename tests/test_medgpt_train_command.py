@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from medgpt_parts import IMAGE_IDS, clip, gpt_oss, publish
 from safetensors.torch import load_file
 from test_medgpt_train_data import a_row, write
 from train_packs import checkpoint_of
 
+from medgpt import checkpoint
 from medgpt.cli import main
 from medgpt.train.stages import LANGUAGE
 
@@ -60,8 +62,11 @@ def test_all_stages_under_deepspeeds_launcher(tmp_path):
 
 def test_lora_on_packed_experts_from_training_to_an_answer(tmp_path, capsys):
     pytest.importorskip("peft", reason="pip install peft")
-    model = tmp_path / "model"
-    assert main(["init", "--preset", "tiny", "--experts", "packed", "--out", str(model)]) == 0
+    publish(tmp_path / "gpt-oss", gpt_oss())
+    clip().save_pretrained(tmp_path / "clip")
+    parts = (tmp_path / "gpt-oss", tmp_path / "clip", tmp_path / "model")
+    model = checkpoint.compose(*parts, progress=False, **IMAGE_IDS)
+    assert checkpoint.is_packed(checkpoint.read_config(model))
     file = a_run(tmp_path, model=str(model), lora={"rank": 4})
     assert main(["train", str(file), "--stage", "3"]) == 0
     adapters = tmp_path / "out" / "stage3" / "model"
