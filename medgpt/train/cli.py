@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_run(args.config)
     numbers = (1, 2, 3) if args.all else (args.stage,)
+    if args.processes < 1:
+        raise ValueError(f"train: expected --processes >= 1, got {args.processes}")
     if args.estimate:
         for number in numbers:
             print(f"stage {number}, one of {args.processes} processes")

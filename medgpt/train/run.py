@@ -45,7 +45,7 @@ class Run:
         dtype: "bfloat16", or "float32". Without DeepSpeed and LoRA weights are fp32 and bf16 is
             autocast's.
         device: "auto" or "cpu".
-        seed: of the packs' order.
+        seed: of the packs' order and of new adapters.
         workers: processes that read packs ahead, for each training process.
         logging_steps, save_steps: in steps.
         peak_tflops: of one device in dtype, for MFU; None measures fp32's on a CPU and leaves MFU
@@ -185,6 +185,7 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         # under ZeRO-3 transformers keeps all renamings that it knows, not those that it made, and
         # would undo them on saving
         model._weight_conversions = []
+    torch.manual_seed(run.seed)  # of new adapters
     if run.lora is not None and adapters_dir is None:
         options = dataclasses.asdict(run.lora)
         options.pop("learning_rate")
