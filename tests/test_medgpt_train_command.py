@@ -12,7 +12,7 @@ import pytest
 import torch
 from medgpt_parts import IMAGE_IDS, clip, gpt_oss, publish
 from safetensors.torch import load_file
-from test_medgpt_train_data import a_row, write
+from test_medgpt_train_data import a_row, jpeg, write
 from train_packs import checkpoint_of
 
 from medgpt import checkpoint
@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 
-def a_run(folder: Path, **entries) -> Path:
+def a_run(folder: Path, image: bytes | None = None, **entries) -> Path:
     """A run's file over a small model and 24 rows."""
-    write(folder / "rows.parquet", [a_row(f"row-{n}") for n in range(24)])
+    write(folder / "rows.parquet", [a_row(f"row-{n}", image) for n in range(24)])
     stage = {"mix": {str(folder / "rows.parquet"): 1}, "length": 512, "packs_per_step": 2}
     stages = {f"stage{n}": {**stage, "max_steps": 2} for n in (1, 2, 3)}
     given = {"output": str(folder / "out"), "dtype": "float32", "device": "cpu", "workers": 0}
@@ -42,7 +42,7 @@ def weights(folder: Path, stage: int | None = None) -> dict[str, torch.Tensor]:
 def test_all_stages_under_deepspeeds_launcher(tmp_path):
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
     model = checkpoint_of(tmp_path)
-    file = a_run(tmp_path, model=str(model), deepspeed="zero3_cpu")
+    file = a_run(tmp_path, jpeg(), model=str(model), deepspeed="zero3_cpu")
     port = str(29000 + random.randrange(2000))
     launch = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
