@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.attention.triton_fwd import (
     LOG2_E,
-    Tile,
+    PRECISION,
     Window,
     _elements,
     _key_range,
@@ -31,98 +32,6 @@ from medgpt_kernels.attention.triton_fwd import (
 )
 from medgpt_kernels.rotary.triton import index_dtype, rotate, rows, stride_unit, strides
 
-# as CONFIGS of the forward pass
-KV_CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(32, 128, 8, 2),
-        (16, 128, False): Tile(32, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(16, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(32, 128, 8, 2),
-        (16, 128, False): Tile(32, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(64, 128, 8, 2),
-        (16, 128, False): Tile(32, 128, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(64, 128, 8, 2),
-        (16, 64, True): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 128, 8, 1),
-        (16, 256, False): Tile(32, 64, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(32, 128, 4, 1),
-        (16, 128, False): Tile(32, 64, 4, 1),
-        (16, 256, False): Tile(32, 32, 4, 1),
-        (32, 64, False): Tile(32, 32, 4, 1),
-        (32, 128, False): Tile(16, 32, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-Q_CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 32, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 16, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(128, 128, 8, 2),
-        (16, 64, True): Tile(128, 64, 8, 2),
-        (16, 128, False): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(128, 128, 8, 2),
-        (16, 64, True): Tile(128, 64, 8, 2),
-        (16, 128, False): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(64, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(128, 32, 4, 1),
-        (16, 128, False): Tile(64, 32, 4, 1),
-        (16, 256, False): Tile(32, 32, 4, 1),
-        (32, 64, False): Tile(32, 32, 4, 1),
-        (32, 128, False): Tile(32, 16, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-ROWS_CONFIG = {"BLOCK_M": 32, "num_warps": 4}
-SINKS_CONFIG = {"BLOCK_T": 16, "num_warps": 4}
 SINK_SPLITS = 128  # at most so many partial sums, a number that depends on shapes alone
 
 
@@ -726,7 +635,7 @@ def _sinks_gradient(sinks, row_lse, delta) -> torch.Tensor:
         split_tokens=split,
         HEADS=heads,
         BLOCK_H=triton.next_power_of_2(heads),
-        **SINKS_CONFIG,
+        **tiles.choose("attention_bwd_sinks", sinks),
     )
     return partial.sum(0).to(sinks.dtype)
 
@@ -780,7 +689,8 @@ def attention_bwd(
     with torch.cuda.device_of(q):
         rotated = None if cos is None else d_q
         lse_strides = (0, 0, 0) if d_lse is None else (0, *d_lse.stride())[-3:]
-        blocks = triton.cdiv(max_seqlen_q * heads, ROWS_CONFIG["BLOCK_M"])
+        tile = tiles.choose("attention_bwd_rows", q)
+        blocks = triton.cdiv(max_seqlen_q * heads, tile["BLOCK_M"])
         _attention_bwd_rows_kernel[(blocks * sequences,)](
             RowLse=row_lse,
             Delta=delta,
@@ -795,7 +705,7 @@ def attention_bwd(
             **strides("out", out, unit),
             **{f"stride_d_lse_{a}": s for a, s in zip("bht", lse_strides, strict=True)},
             **common,
-            **ROWS_CONFIG,
+            **tile,
         )
         if want_sinks:
             d_sinks = _sinks_gradient(sinks, row_lse, delta)
@@ -813,21 +723,22 @@ def attention_bwd(
             **strides("k", k, unit),
             **strides("v", v, unit),
             **window.arguments(),
+            **PRECISION,
             "scale": softmax_scale * LOG2_E,
             "softmax_scale": softmax_scale,
             "NARROW": window.narrow(256),
         }
         if want_k or want_v:
-            tile = choose(KV_CONFIGS, q, window.narrow(256))
-            blocks = triton.cdiv(max_seqlen_k, tile.block_n)
+            tile = choose("attention_bwd_kv", q, window.narrow(256))
+            blocks = triton.cdiv(max_seqlen_k, tile["BLOCK_N"])
             _attention_bwd_kv_kernel[(blocks * sequences * k.shape[-2],)](
-                DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile.options()
+                DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile
             )
         if want_q:
-            tile = choose(Q_CONFIGS, q, window.narrow(256))
-            blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
+            tile = choose("attention_bwd_q", q, window.narrow(256))
+            blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
             _attention_bwd_q_kernel[(blocks * sequences * k.shape[-2],)](
-                DQ=d_q, **strides("d_q", d_q, unit), **common, **tile.options()
+                DQ=d_q, **strides("d_q", d_q, unit), **common, **tile
             )
     grads = (d_q, d_k, d_v, d_sinks)
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, wanted, strict=True))

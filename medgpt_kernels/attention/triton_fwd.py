@@ -6,16 +6,14 @@ query heads of one key head at M / P queries: row r is query r // P of head g P 
 between powers of two is two tiles, D = 72 being 64 + 16.
 """
 
-import contextlib
-import functools
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import (
     check_supported,
@@ -28,86 +26,8 @@ from medgpt_kernels.rotary.triton import (
 
 LOG2_E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1.0e30)  # a maximum before any key, in units of log 2
+PRECISION = {"INPUT_PRECISION": "ieee"}
 MAX_WINDOW = 2**29  # beyond any sequence, and far from the end of int32
-
-
-class Tile(NamedTuple):
-    """One configuration of an attention kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    precision: str = "ieee"
-    poly_exp2: bool = False
-
-    def options(self) -> dict:
-        return {
-            "INPUT_PRECISION": self.precision,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# by card family, then (bits of the dtype, head_dim up to, whether a narrow window has its own)
-CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(128, 32, 4, 3),
-        (16, 128, False): Tile(128, 64, 8, 3),
-        (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 32, 8, 2),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(128, 32, 4, 3),
-        (16, 64, True): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 32, 4, 2),
-        (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(128, 128, 8, 3),
-        (16, 64, True): Tile(128, 32, 4, 3),
-        (16, 128, False): Tile(128, 128, 8, 2),
-        (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(128, 16, 8, 3),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(128, 128, 8, 3),
-        (16, 64, True): Tile(128, 64, 8, 3),
-        (16, 128, False): Tile(128, 64, 8, 3),
-        (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(64, 64, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(128, 64, 4, 2),
-        (16, 128, False): Tile(64, 64, 4, 1),
-        (16, 256, False): Tile(64, 32, 4, 1),
-        (32, 64, False): Tile(64, 32, 4, 1),
-        (32, 128, False): Tile(32, 32, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-# the cards of each family that the gate compiles for
-FAMILIES = {
-    "sm_80": ("sm_80",),
-    "sm_86": ("sm_86", "sm_89", "sm_120"),  # 99 KB of shared memory
-    "sm_90": ("sm_90",),
-    "sm_100": ("sm_100",),
-    "gfx942": ("gfx942",),
-}
 
 
 def head_tiles(head_dim: int) -> dict[str, int]:
@@ -120,9 +40,10 @@ def head_tiles(head_dim: int) -> dict[str, int]:
     }
 
 
-def _wants_poly_exp2(tile: Tile) -> bool:
-    """As the tile says, or MEDGPT_KERNELS_POLY_EXP2 = 0 or 1, to measure the other way."""
-    return {"0": False, "1": True}.get(os.environ.get("MEDGPT_KERNELS_POLY_EXP2"), tile.poly_exp2)
+def _wants_poly_exp2(tile: tiles.Tile) -> bool:
+    """As the tile says, from which it is taken, or MEDGPT_KERNELS_POLY_EXP2 = 0 or 1."""
+    said = tile.pop("USE_POLY_EXP2", False)
+    return {"0": False, "1": True}.get(os.environ.get("MEDGPT_KERNELS_POLY_EXP2"), said)
 
 
 @triton.jit
@@ -512,47 +433,10 @@ def _attention_fwd_kernel(
         _store_tile(out_rows, acc_rest / total[:, None], inside, BLOCK_D, BLOCK_REST, HEAD_DIM)
 
 
-@functools.cache
-def _device_family(index: int) -> str:
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(index)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
-        (major, minor), "sm_86"
-    )
-
-
-_recorded = ["sm_80"]
-
-
-@contextlib.contextmanager
-def recording(family: str) -> Iterator[None]:
-    """Launch on meta tensors as on this family's cards."""
-    _recorded.append(family)
-    try:
-        yield
-    finally:
-        _recorded.pop()
-
-
-def card_family(x: torch.Tensor) -> str:
-    """Whose configurations serve this tensor's device."""
-    if x.device.type == "meta":
-        return _recorded[-1]
-    if x.device.type == "cpu":
-        return "interpreter"
-    return _device_family(x.device.index)
-
-
-def choose(configs: dict, x: torch.Tensor, narrow: bool) -> Tile:
+def choose(kernel: str, x: torch.Tensor, narrow: bool) -> tiles.Tile:
     """The tile for x's dtype and head_dim; windows without one of their own take the general."""
-    family = card_family(x)
-    if family == "interpreter":
-        return configs[family][32, 256, False]
-    bits, head_dim = x.dtype.itemsize * 8, x.shape[-1]
-    limit = next(c for c in (64, 128, 256) if head_dim <= c)
-    table = configs[family]
-    return table.get((bits, limit, narrow), table[bits, limit, False])
+    key = f"{tiles.bits(x)}-{tiles.head_limit(x.shape[-1])}"
+    return tiles.choose(kernel, x, *((f"{key}-narrow",) if narrow else ()), key)
 
 
 class Window(NamedTuple):
@@ -636,10 +520,11 @@ def attention_fwd(
     if cos is not None:
         k, _ = rotate(k, None, cos, sin, position_ids, cu_seqlens_k)
     window = Window(window_left, window_right)
-    tile = choose(CONFIGS, q, window.narrow(256))
+    tile = choose("attention_fwd", q, window.narrow(256))
+    use_poly_exp2 = _wants_poly_exp2(tile)
     shared = problem(q, k, cos, position_ids, cu_seqlens_q)
     unit = stride_unit(q, k, v, out)
-    blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
+    blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(blocks * shared["sequences"] * shared["KV_HEADS"],)](
             Out=out,
@@ -662,8 +547,9 @@ def attention_fwd(
             UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
-            USE_POLY_EXP2=_wants_poly_exp2(tile),
+            USE_POLY_EXP2=use_poly_exp2,
             INDEX=index_dtype(q, k, v, out, lse),
-            **tile.options(),
+            **PRECISION,
+            **tile,
         )
     return out, lse

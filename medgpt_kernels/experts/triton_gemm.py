@@ -6,98 +6,19 @@ experts' tiles before its own. Weights are read as W [K, N] by strides, or as MX
 packed along the depth (x W) or along the columns (d_y W^T), which unpack in registers.
 """
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels.attention.triton_fwd import card_family
+from medgpt_kernels import tiles
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import DTYPES, INTERPRETED
 
 DENSE = tl.constexpr(0)
 PACKED_DEPTH = tl.constexpr(1)
 PACKED_COLUMNS = tl.constexpr(2)
-
-
-class Tile(NamedTuple):
-    """One configuration of a grouped product."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# By card family, then (bits of the dtype, whether weights are MXFP4, height). fp32 tiles stay below
-# 64 rows: from there Triton 3.6 computes "ieee" products by tcgen05 in plain tf32 on sm_100.
-CONFIGS = {
-    "sm_80": {
-        (16, False, 16): Tile(16, 128, 64, 4, 4),
-        (16, False, 64): Tile(64, 128, 64, 4, 3),
-        (16, False, 128): Tile(128, 128, 64, 8, 3),
-        (16, True, 16): Tile(16, 64, 128, 4, 3),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_86": {
-        (16, False, 16): Tile(16, 128, 64, 4, 3),
-        (16, False, 64): Tile(64, 128, 32, 4, 3),
-        (16, False, 128): Tile(128, 128, 32, 8, 3),
-        (16, True, 16): Tile(16, 64, 128, 4, 3),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 32, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_90": {
-        (16, False, 16): Tile(16, 128, 64, 4, 5),
-        (16, False, 64): Tile(64, 128, 64, 4, 4),
-        (16, False, 128): Tile(128, 128, 64, 8, 4),
-        (16, True, 16): Tile(16, 64, 128, 4, 4),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_100": {
-        (16, False, 16): Tile(16, 128, 64, 4, 5),
-        (16, False, 64): Tile(64, 128, 64, 4, 4),
-        (16, False, 128): Tile(128, 128, 64, 8, 4),
-        (16, True, 16): Tile(16, 64, 128, 4, 4),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 3),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "gfx942": {
-        (16, False, 16): Tile(16, 128, 64, 4, 2),
-        (16, False, 64): Tile(64, 128, 64, 4, 2),
-        (16, False, 128): Tile(128, 128, 32, 4, 2),
-        (16, True, 16): Tile(16, 64, 128, 4, 2),
-        (16, True, 64): Tile(64, 128, 32, 4, 2),
-        (16, True, 128): Tile(128, 128, 32, 4, 2),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-}
-# for a token of its own, by bits: few columns, so that one token's programs fill a card
-TOKEN_CONFIGS = {16: Tile(16, 16, 256, 4, 4), 32: Tile(16, 16, 128, 4, 2)}
-INTERPRETER = Tile(32, 128, 128, 1, 1)
 
 
 @triton.jit
@@ -286,33 +207,23 @@ def check_supported(x, topk_weights, *weights) -> None:
         raise Unsupported("one expert's weights of 2^31 elements or more in Triton")
 
 
-def choose(x: torch.Tensor, rows: int, num_experts: int, packed: bool) -> Tile:
-    """The tile whose height fits the rows that an expert has on average."""
-    family = card_family(x)
-    if family == "interpreter":
-        return INTERPRETER
+def choose(kernel: str, x: torch.Tensor, rows: int, num_experts: int, packed: bool, *marks: str):
+    """The tile of a product whose height fits the rows that an expert has on average.
+
+    Args:
+        kernel: as the table names it.
+        marks: what may want another tile: "lora", "concatenated", "odd"; the first with one wins.
+    """
     mean = triton.cdiv(rows, num_experts)
     height = 16 if mean <= 16 else 64 if mean <= 64 else 128
-    bits = x.dtype.itemsize * 8
-    return CONFIGS[family][bits, packed, 32 if bits == 32 else height]
+    bits = tiles.bits(x)
+    key = f"{bits}-{'mxfp4' if packed else 'dense'}-{32 if bits == 32 else height}"
+    return tiles.choose(kernel, x, *(f"{key}-{mark}" for mark in marks), key)
 
 
-def halved(x: torch.Tensor, tile: Tile, families: Collection[str]) -> Tile:
-    """Half the columns on card families where the activation behind the product would spill."""
-    full = tile.block_m >= 64 and card_family(x) in families
-    return tile._replace(block_n=64, block_k=64) if full else tile
-
-
-def choose_token(x: torch.Tensor) -> Tile:
-    """The tile for a token of its own."""
-    if card_family(x) == "interpreter":
-        return INTERPRETER
-    return TOKEN_CONFIGS[x.dtype.itemsize * 8]
-
-
-def narrowed(tile: Tile, columns: int) -> Tile:
+def narrowed(tile: tiles.Tile, columns: int) -> tiles.Tile:
     """The same tile with no more columns than a narrow product has."""
-    return tile._replace(block_n=min(tile.block_n, max(16, triton.next_power_of_2(columns))))
+    return tile | {"BLOCK_N": min(tile["BLOCK_N"], max(16, triton.next_power_of_2(columns)))}
 
 
 def experts_block(num_experts: int) -> int:
