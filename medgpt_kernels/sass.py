@@ -162,8 +162,8 @@ def is_matrix(item: Instruction) -> bool:
 def hot_loop(text: str, warps: int) -> Loop | None:
     """The loop that a kernel spends its time in; None where there is no loop.
 
-    Of the loops with matrix instructions those with at least half as many operations as any, and
-    of these the one with the fewest instructions for them: full tiles rather than masked edges.
+    Of the loops with matrix instructions those with at least three quarters of the most operations,
+    and of these the one with the fewest instructions for them: full tiles, not masked edges.
     Without matrix instructions, the loop that loads most.
     """
     blocks = parse(text)
@@ -171,7 +171,7 @@ def hot_loop(text: str, warps: int) -> Loop | None:
     if candidates:
         sizes = [count(c, warps) for c in candidates]
         most = max(size.flops for size in sizes)
-        big = [(s.issued / s.flops, i) for i, s in enumerate(sizes) if 2 * s.flops >= most]
+        big = [(s.issued / s.flops, i) for i, s in enumerate(sizes) if 4 * s.flops >= 3 * most]
         return candidates[min(big)[1]]
     candidates = list(loops(blocks))
     return max(candidates, key=lambda c: count(c, warps)[3:], default=None)

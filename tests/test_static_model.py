@@ -81,14 +81,15 @@ def test_the_hot_loop_is_that_of_full_tiles():
     assert counts.global_bytes == 4 * 512
 
 
-@pytest.mark.parametrize(("shape", "hot"), [("16816", True), ("1688", False)])
-def test_a_loop_of_half_the_products_may_be_hot_but_no_smaller_one(shape, hot):
+@pytest.mark.parametrize(("second", "hot"), [("HMMA.1688.F32.BF16", True), ("FADD", False)])
+def test_a_lean_loop_is_hot_if_it_multiplies_about_as_much(second, hot):
     lean = f"""
-        /*00e0*/                   HMMA.{shape}.F32.BF16 R68, R32, R62, R68 ;
+        /*00d0*/                   HMMA.16816.F32.BF16 R68, R32, R62, R68 ;
+        /*00e0*/                   {second} R68, R32, R62, R68 ;
         /*0180*/               @P0 BRA `(.L_x_2) ;
     """
     text = LOOP_OF_TWO.split(".L_x_2:")[0] + ".L_x_2:" + lean
-    assert (len(sass.hot_loop(text, 4).all()) == 2) == hot
+    assert (len(sass.hot_loop(text, 4).all()) == 3) == hot
 
 
 def test_masked_instructions_by_unit():
