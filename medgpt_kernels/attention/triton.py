@@ -94,7 +94,7 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
         )
         for family, cards in tiles.each_family():
             # two gradients of 64 rows and 256 columns do not fit a warp group's registers
-            small = family == "sm_90" and variant.head_dim > 128
+            small = family == "sm_90" and variant.head_dim > 128 and products == "half"
             backward = aot.FEW_ROWS if small else products
             yield from aot.record(
                 f"{name}-{family}",
