@@ -143,7 +143,7 @@ def loops(blocks: list[Block], matter=lambda item: True) -> Iterator[Loop]:
         for head, inside in _natural_loops(blocks, dominators).items()
         if any(matter(item) for i in inside for item in blocks[i].instructions)
     }
-    for head, inside in found.items():
+    for head, inside in sorted(found.items()):
         if any(other != head and other in inside for other in found):
             continue
         ends = [i for i in inside if head in blocks[i].following]
@@ -162,17 +162,18 @@ def is_matrix(item: Instruction) -> bool:
 def hot_loop(text: str, warps: int) -> Loop | None:
     """The loop that a kernel spends its time in; None where there is no loop.
 
-    Of the loops with matrix instructions those with at least three quarters of the most operations,
-    and of these the one with the fewest instructions for them: full tiles, not masked edges.
+    The first of the loops with at least three quarters of the most products; of those that load and
+    multiply as much, the one with the fewest instructions: full tiles rather than masked edges.
     Without matrix instructions, the loop that loads most.
     """
     blocks = parse(text)
-    candidates = list(loops(blocks, is_matrix))
+    candidates = [(count(loop, warps), loop) for loop in loops(blocks, is_matrix)]
     if candidates:
-        sizes = [count(c, warps) for c in candidates]
-        most = max(size.flops for size in sizes)
-        big = [(s.issued / s.flops, i) for i, s in enumerate(sizes) if 4 * s.flops >= 3 * most]
-        return candidates[min(big)[1]]
+        most = max(size.flops for size, _ in candidates)
+        first = next(size for size, _ in candidates if 4 * size.flops >= 3 * most)
+        work = (first.flops, first.global_bytes)
+        same = [(s.issued, loop) for s, loop in candidates if (s.flops, s.global_bytes) == work]
+        return min(same, key=lambda pair: pair[0])[1]
     candidates = list(loops(blocks))
     return max(candidates, key=lambda c: count(c, warps)[3:], default=None)
 

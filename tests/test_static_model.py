@@ -31,6 +31,7 @@ LOOP_OF_TWO = """
         /*0120*/                   MUFU.EX2 R24, R24 ;
         /*0130*/                   MUFU.EX2 R25, R24 ;
         /*0140*/                   FMNMX R23, R203, R22, P1 ;
+        /*0148*/                   LDG.E.128 R24, desc[UR20][R12.64] ;
         /*0150*/                   LDS.128 R24, [R24] ;
         /*0160*/                   STS.U8 [R24], R25 ;
         /*0170*/                   SHFL.BFLY PT, R24, R25, 0x1, 0x1f ;
@@ -81,15 +82,21 @@ def test_the_hot_loop_is_that_of_full_tiles():
     assert counts.global_bytes == 4 * 512
 
 
-@pytest.mark.parametrize(("second", "hot"), [("HMMA.1688.F32.BF16", True), ("FADD", False)])
-def test_a_lean_loop_is_hot_if_it_multiplies_about_as_much(second, hot):
+@pytest.mark.parametrize(
+    ("second", "third", "hot"),
+    [("HMMA.16816.F32.BF16", "LDG.E.128", True), ("HMMA.16816.F32.BF16", "LDG.E.64", False),
+     ("FADD", "LDG.E.128", False)],
+)  # fmt: skip
+def test_a_lean_loop_is_hot_if_it_does_the_same_work(second, third, hot):
+    """Unlike a LoRA's product behind the main one."""
     lean = f"""
         /*00d0*/                   HMMA.16816.F32.BF16 R68, R32, R62, R68 ;
         /*00e0*/                   {second} R68, R32, R62, R68 ;
+        /*00f0*/                   {third} R68, desc[UR4][R32.64] ;
         /*0180*/               @P0 BRA `(.L_x_2) ;
     """
     text = LOOP_OF_TWO.split(".L_x_2:")[0] + ".L_x_2:" + lean
-    assert (len(sass.hot_loop(text, 4).all()) == 3) == hot
+    assert (len(sass.hot_loop(text, 4).all()) == 4) == hot
 
 
 def test_masked_instructions_by_unit():

@@ -63,8 +63,9 @@ def unpack(
     scale = tl.load(
         Scales + row[:, None] * stride_scale_row + block[None, :], mask=mask, other=0
     ).to(tl.uint32)
-    # the scale's bits in bf16, the upper half of fp32
-    scale = tl.where(scale == 0, 0x40, tl.where(scale == 255, 0x7FC0, scale << 7))[:, :, None]
+    # the scale's bits in bf16, the upper half of fp32: 0 is subnormal, 255 not a number
+    end = ((scale + 1) & 0xFE) == 0
+    scale = ((scale << 7) | tl.where(end, 0x40, 0).to(tl.uint32))[:, :, None]
     if UNPACK == WIDE:
         scale = (scale << 16).to(tl.float32, bitcast=True)
         # exponent and mantissa where fp32 has them: 2^126 times too small, subnormals included
