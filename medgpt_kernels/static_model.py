@@ -5,6 +5,7 @@ cycles. The busiest unit sets the ceiling: all others are taken to work beside i
 dependencies, barriers, bank conflicts, caches and memory are not seen (docs/static_model.md).
 """
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -130,16 +131,13 @@ def table(statics: Iterable[Static]) -> str:
 
 
 def markdown(statics: Iterable[Static]) -> str:
-    """The limiting unit and the share of the peak by kernel and card, for docs/."""
-    statics = list(statics)
+    """The limiting unit and the share of the peak by matrix kernel and card, for docs/."""
+    statics = [s for s in statics if s.flops]
     cards = [card for card in RATES if any(s.card == card for s in statics)]
     cells: dict[str, dict[str, str]] = {}
     for s in statics:
-        share = f"{s.percent:.0f} %" if s.flops else f"{s.load_gbs / 1e3:.1f} TB/s"
-        name = s.kernel
-        for card in RATES:
-            name = name.replace(f"-{card}", "")
-        cells.setdefault(name, {})[s.card] = f"{s.limit} {share}"
+        name = re.sub(r"-sm_\d+\]$", "]", s.kernel)
+        cells.setdefault(name, {})[s.card] = f"{s.limit} {s.percent:.0f} %"
     lines = [f"| kernel | {' | '.join(cards)} |", "|---" * (len(cards) + 1) + "|"]
     for name, row in sorted(cells.items()):
         lines.append(f"| `{name}` | {' | '.join(row.get(card, '') for card in cards)} |")

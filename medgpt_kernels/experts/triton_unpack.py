@@ -5,8 +5,11 @@ low half. On the way to bf16 both are treated as one 32-bit word of two bf16, wh
 mantissas take the codes' bits as they are; that leaves values 2^126 times too small.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from medgpt_kernels import tiles
 
 # how a pair becomes two values of its scale: in fp32 each, as two bf16, or so in PTX
 WIDE = tl.constexpr(0)
@@ -78,8 +81,8 @@ def unpack(
     return tl.reshape(tl.join(low, high), [row.shape[0], block.shape[0] * 32])
 
 
-def how_to_unpack(dtype, family: str) -> int:
-    """The way for products of this dtype on this family of cards."""
-    if str(dtype) != "torch.bfloat16":
+def how_to_unpack(dtype: torch.dtype, family: str) -> int:
+    """The way for products of this dtype on this family of cards; the interpreter runs no PTX."""
+    if dtype != torch.bfloat16 or family == "gfx942":
         return WIDE.value
-    return PTX_PAIRS.value if family.startswith("sm_") else PAIRS.value
+    return PAIRS.value if family == tiles.INTERPRETER else PTX_PAIRS.value
