@@ -13,6 +13,7 @@ LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.
 LABEL = re.compile(r"^(\.L_x_\d+):")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 WIDTH = re.compile(r"\.(U8|S8|U16|S16|32|64|128)\b")
+PAIRS = ("FADD2", "FMUL2", "FFMA2")  # two results a thread
 BANKS_BYTES = 128  # of shared memory in one cycle; no access takes less, nor does a shuffle
 OTHER = re.compile(
     "U[A-Z]|LD|ST|BAR|DEPBAR|BRA|CALL|EXIT|NOP|WARP|MEMBAR|FENCE|CCTL|S2|CS2R|R2UR|SYNCS|RED|ATOM|"
@@ -190,7 +191,7 @@ def unit_of(item: Instruction) -> str:
         return "matrix"
     if name in ("MUFU", "I2F", "F2I", "F2F", "POPC", "FLO", "BREV", "FRND", "I2I"):
         return "exp"
-    if name in ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "FFMA32I", "FADD32I", "FMUL32I"):
+    if name in ("FADD", "FMUL", "FFMA", "FFMA32I", "FADD32I", "FMUL32I", *PAIRS):
         return "fma"
     if name in HALVES:
         return "half"
@@ -226,33 +227,35 @@ def _matrix(item: Instruction, instruction_descriptors: dict[str, int]) -> tuple
     return 2 * m * n * k, 2 * k * (n + m * left)
 
 
-def _walk(items: Iterable[Instruction], times: int, totals: list[int], units: Counter) -> None:
+def _asked(items: Iterable[Instruction], times: int) -> Iterator[tuple[str, int]]:
+    """(what, how much) of instructions that `times` warps run."""
     descriptors: dict[str, int] = {}
     for item in items:
-        if item.name == "UMOV" and (set_ := re.match(r"(UR\d+), (0x[0-9a-f]+)$", item.operands)):
-            descriptors[set_.group(1)] = int(set_.group(2), 16)
+        if item.name == "UMOV" and (found := re.match(r"(UR\d+), (0x[0-9a-f]+)$", item.operands)):
+            descriptors[found.group(1)] = int(found.group(2), 16)
         often = 1 if item.name.startswith("UTC") else times
-        totals[1] += often
+        yield "issued", often
         if item.guard == "!PT":
             continue
         unit = unit_of(item)
-        packed = 2 if item.name in ("FADD2", "FMUL2", "FFMA2") else 1
-        units[unit] += often * packed
+        yield unit, often * (2 if item.name in PAIRS else 1)
         if unit == "matrix":
-            flops, shared = _matrix(item, descriptors)
             # wgmma is one instruction of the four warps of a group
-            group = often // 4 if item.name == "HGMMA" else often
-            totals[0] += flops * group
-            totals[2] += shared * group
+            products = often // 4 if item.name == "HGMMA" else often
+            flops, operands = _matrix(item, descriptors)
+            yield "flops", flops * products
+            yield "shared bytes", operands * products
         elif unit == "shared":
-            totals[2] += max(_bytes(item), BANKS_BYTES) * often
-        if item.name in ("LDG", "LDGSTS"):
-            totals[3] += _bytes(item) * often
+            yield "shared bytes", max(_bytes(item), BANKS_BYTES) * often
+        elif item.name in ("LDG", "LDGSTS"):
+            yield "global bytes", _bytes(item) * often
 
 
 def count(loop: Loop, warps: int) -> Counts:
     """What a round of the loop asks of the units, for a block of `warps` warps."""
-    totals, units = [0, 0, 0, 0], Counter()
-    _walk(loop.every_warp, warps, totals, units)
-    _walk(loop.one_warp, 1, totals, units)
-    return Counts(totals[0], units, *totals[1:])
+    totals = Counter()
+    for items, times in ((loop.every_warp, warps), (loop.one_warp, 1)):
+        for what, much in _asked(items, times):
+            totals[what] += much
+    parts = [totals.pop(name, 0) for name in ("flops", "issued", "shared bytes", "global bytes")]
+    return Counts(parts[0], totals, *parts[1:])
