@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(printable(f"medgpt: {error}"), file=sys.stderr)
         return 2
     return 0
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _init_parser(commands.add_parser("init", help="compose a checkpoint, or make a tiny one"))
     _convert_parser(commands.add_parser("convert", help="from InternVL's names, or to them"))

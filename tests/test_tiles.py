@@ -42,7 +42,7 @@ def test_sizes_are_powers_of_two(family):
         for key, tile in choices.items():
             for name, value in tile.items():
                 known = name.startswith("BLOCK_") or name in ("num_warps", "SPLIT", "CHUNK")
-                assert known or name in ("num_stages", "USE_POLY_EXP2"), (kernel, key, name)
+                assert known or name in ("num_stages", "POLY_EXP2"), (kernel, key, name)
                 assert not known or value & (value - 1) == 0 < value, (kernel, key, name)
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels import tiles
+from medgpt_kernels.attention.triton_exp2 import exp2_scores, how_to_exp2
 from medgpt_kernels.attention.triton_fwd import (
     LOG2_E,
     PRECISION,
@@ -445,9 +446,9 @@ def _attention_bwd_kv_kernel(
 def _q_span(
     d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t, at,
     begin, end, len_k, window_left, window_right, scale, HEAD_DIM: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, INDEX: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, EXP2: tl.constexpr,
+    INDEX: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Keys begin ... end of one block of queries."""
     for n0 in range(begin, end, BLOCK_N):
@@ -460,7 +461,7 @@ def _q_span(
         v = _load_tile(v_rows, inside, 0, BLOCK_D, HEAD_DIM, MASKED)
         v_rest = _load_rest(v_rows, inside, BLOCK_D, BLOCK_REST, HEAD_DIM, MASKED)
         s = _scores(q, q_rest, k, k_rest, BLOCK_REST, INPUT_PRECISION)  # [M, N]
-        p = tl.exp2(s * scale - lse[:, None])
+        p = exp2_scores(s, scale, lse, MASKED, EXP2)
         if MASKED:
             keep = _visible(
                 at[:, None], j[None, :], len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -523,6 +524,7 @@ def _attention_bwd_q_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
+    EXP2: tl.constexpr,
     UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -595,18 +597,18 @@ def _attention_bwd_q_kernel(
             d_q, d_q_rest = _q_span(
                 d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t,
                 stride_v_t, at, begin, tl.minimum(left_end, end), len_k, window_left, window_right,
-                scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, INDEX, INPUT_PRECISION, BLOCK_N,
+                scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N,
                 BLOCK_D, BLOCK_REST,
             )  # fmt: skip
         d_q, d_q_rest = _q_span(
             d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t,
             at, left_end, right_begin, len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT,
-            HAS_RIGHT, False, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+            HAS_RIGHT, False, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
         )  # fmt: skip
     d_q, d_q_rest = _q_span(
         d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t, at,
         right_begin, end, len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT,
-        True, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+        True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
     )  # fmt: skip
 
     if BLOCK_REST > 0:
@@ -736,9 +738,10 @@ def attention_bwd(
             )
         if want_q:
             tile = choose("attention_bwd_q", q, window.narrow(256))
+            exp2 = how_to_exp2(tile, q)
             blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
             _attention_bwd_q_kernel[(blocks * sequences * k.shape[-2],)](
-                DQ=d_q, **strides("d_q", d_q, unit), **common, **tile
+                DQ=d_q, EXP2=exp2, **strides("d_q", d_q, unit), **common, **tile
             )
     grads = (d_q, d_k, d_v, d_sinks)
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, wanted, strict=True))

@@ -6,7 +6,6 @@ query heads of one key head at M / P queries: row r is query r // P of head g P 
 between powers of two is two tiles, D = 72 being 64 + 16.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels import tiles
+from medgpt_kernels.attention.triton_exp2 import exp2_scores, how_to_exp2
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import (
     check_supported,
@@ -38,55 +38,6 @@ def head_tiles(head_dim: int) -> dict[str, int]:
         "BLOCK_D": block,
         "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
     }
-
-
-def _wants_poly_exp2(tile: tiles.Tile) -> bool:
-    """As the tile says, from which it is taken, or MEDGPT_KERNELS_POLY_EXP2 = 0 or 1."""
-    said = tile.pop("USE_POLY_EXP2", False)
-    return {"0": False, "1": True}.get(os.environ.get("MEDGPT_KERNELS_POLY_EXP2"), said)
-
-
-@triton.jit
-def _poly_exp2(x, MASKED: tl.constexpr):
-    """2 ** x for x <= 0 on the FMA units, relative error 3e-6 (minimax of degree 4 around 0)."""
-    x_safe = tl.maximum(x, -126.0)
-    shifted = x_safe + 12582912.0  # 1.5 * 2 ** 23: the nearest integer, in the low bits
-    f = x_safe - (shifted - 12582912.0)
-    y = 0.05590642672831041 + f * 0.009582853141412249
-    y = 0.24024098622765433 + f * y
-    y = 0.6931241931542219 + f * y
-    y = 1.0 + f * y
-    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    y = bits.to(tl.float32, bitcast=True)
-    if MASKED:
-        y = tl.where(x < -126.0, 0.0, y)
-    return y
-
-
-@triton.jit
-def _halves(x):
-    """[M, C, 8] -> [M, C / 2, 8] twice: groups of 8 columns by turns, each in its own thread."""
-    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2, 8])
-    return tl.split(tl.permute(pairs, [0, 1, 3, 2]))
-
-
-@triton.jit
-def _unhalves(a, b):
-    pairs = tl.permute(tl.join(a, b), [0, 1, 3, 2])
-    return tl.reshape(pairs, [a.shape[0], a.shape[1] * 2, 8])
-
-
-@triton.jit
-def _exp2(x, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr):
-    """2 ** x of scores [M, N]; USE_POLY_EXP2 takes a quarter off the exponential unit."""
-    if USE_POLY_EXP2:
-        a, b = _halves(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]))
-        c, d = _halves(b)
-        b = _unhalves(tl.exp2(c), _poly_exp2(d, MASKED))
-        y = tl.reshape(_unhalves(tl.exp2(a), b), x.shape)
-    else:
-        y = tl.exp2(x)
-    return y
 
 
 @triton.jit
@@ -264,7 +215,7 @@ def _scores(a, a_rest, b, b_rest, BLOCK_REST: tl.constexpr, INPUT_PRECISION: tl.
 def _fwd_span(
     m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, begin, end, len_k,
     window_left, window_right, scale, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, EXP2: tl.constexpr,
     INDEX: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +233,7 @@ def _fwd_span(
             )
             s = tl.where(keep, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = _exp2(s * scale - m_new[:, None], MASKED, USE_POLY_EXP2)
+        p = exp2_scores(s, scale, m_new, MASKED, EXP2)
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
         m = m_new
@@ -340,7 +291,7 @@ def _attention_fwd_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
-    USE_POLY_EXP2: tl.constexpr,
+    EXP2: tl.constexpr,
     UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -408,17 +359,17 @@ def _attention_fwd_kernel(
             m, l, acc, acc_rest = _fwd_span(
                 m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, begin,
                 tl.minimum(left_end, end), len_k, window_left, window_right, scale, HEAD_DIM,
-                HAS_LEFT, HAS_RIGHT, True, USE_POLY_EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D,
+                HAS_LEFT, HAS_RIGHT, True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D,
                 BLOCK_REST,
             )  # fmt: skip
         m, l, acc, acc_rest = _fwd_span(
             m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, left_end, right_begin,
             len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, False,
-            USE_POLY_EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+            EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
         )  # fmt: skip
     m, l, acc, acc_rest = _fwd_span(
         m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, right_begin, end, len_k,
-        window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, USE_POLY_EXP2,
+        window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, EXP2,
         INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
     )  # fmt: skip
 
@@ -521,7 +472,7 @@ def attention_fwd(
         k, _ = rotate(k, None, cos, sin, position_ids, cu_seqlens_k)
     window = Window(window_left, window_right)
     tile = choose("attention_fwd", q, window.narrow(256))
-    use_poly_exp2 = _wants_poly_exp2(tile)
+    exp2 = how_to_exp2(tile, q)
     shared = problem(q, k, cos, position_ids, cu_seqlens_q)
     unit = stride_unit(q, k, v, out)
     blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
@@ -547,7 +498,7 @@ def attention_fwd(
             UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
-            USE_POLY_EXP2=use_poly_exp2,
+            EXP2=exp2,
             INDEX=index_dtype(q, k, v, out, lse),
             **PRECISION,
             **tile,

@@ -135,6 +135,7 @@ def _experts_bwd_hidden_kernel(
     PLAIN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -163,7 +164,8 @@ def _experts_bwd_hidden_kernel(
     d_hidden = product(
         X + token.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, tile_n * BLOCK_N, n, width,
         depth, stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     weights = tl.load(SortedWeights + row)
     n0 = tile_n * BLOCK_N

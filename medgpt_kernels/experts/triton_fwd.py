@@ -26,6 +26,7 @@ from medgpt_kernels.experts.triton_gemm import (
     row_tiles,
     weight,
 )
+from medgpt_kernels.experts.triton_unpack import how_to_unpack
 from medgpt_kernels.rotary.triton import index_dtype, rows
 
 FEW_TOKENS = 4  # up to here one launch for the down projection and the sum over experts
@@ -99,6 +100,7 @@ def _experts_gate_up_kernel(
     PLAIN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -131,7 +133,8 @@ def _experts_gate_up_kernel(
     pre = product(
         X + token.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, n0, column, width, depth,
         stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     if Bias is not None:
         pre += tl.load(Bias + e * width + column, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -179,6 +182,7 @@ def _experts_rows_kernel(
     rank,
     scaling,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -207,7 +211,8 @@ def _experts_rows_kernel(
     out = product(
         X + source.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, n0, n, width, depth,
         stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     if Bias is not None:
         out += tl.load(Bias + e * width + n, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -274,6 +279,7 @@ def _experts_down_token_kernel(
     scaling,
     TOPK: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -302,7 +308,8 @@ def _experts_down_token_kernel(
         out = product(
             X + row * stride_x_t + m * 0, W + e * stride_w_e, scales, n0, n, width, depth,
             stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, expand, rank, scaling,
-            stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+            stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+            BLOCK_R,
         )  # fmt: skip
         if Bias is not None:
             out += tl.load(Bias + e * width + n, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -363,6 +370,7 @@ class Call:
             "num_experts": self.num_experts,
             "EVEN_K": weights.depth % tile["BLOCK_K"] == 0,
             "BLOCK_E": experts_block(self.num_experts),
+            "UNPACK": how_to_unpack(x.dtype, tiles.card_family(x)),
             **weights.arguments(),
             **low_rank,
             **tile,

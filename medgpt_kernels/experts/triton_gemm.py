@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from medgpt_kernels import tiles
+from medgpt_kernels.experts.triton_unpack import unpack
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import DTYPES, INTERPRETED
 
@@ -57,34 +58,11 @@ def find_rows(first, end, GatherIndices, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _unpack(Blocks, Scales, row, block, mask, stride_row, stride_scale_row, DTYPE: tl.constexpr):
-    """MXFP4 values [R, 32 C] of `row` [R] and `block` [C].
-
-    Exact but for what DTYPE cannot hold, which rounds to nearest even or overflows to infinity;
-    scale byte 255 makes NaN.
-    """
-    byte = tl.arange(0, 16)
-    where = row[:, None] * stride_row + block[None, :] * 16  # [R, C]
-    code = tl.load(Blocks + where[:, :, None] + byte, mask=mask[:, :, None], other=0).to(tl.uint32)
-    scale = tl.load(
-        Scales + row[:, None] * stride_scale_row + block[None, :], mask=mask, other=0
-    ).to(tl.uint32)
-    bits = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
-    scale = bits.to(tl.float32, bitcast=True)[:, :, None]
-    # exponent and mantissa moved to where fp32 has them: 2^126 times too small, subnormals included
-    low = ((code << 22) & 0x1C00000) | ((code << 28) & 0x80000000)
-    high = ((code << 18) & 0x1C00000) | ((code << 24) & 0x80000000)
-    low = (low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale).to(DTYPE)
-    high = (high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale).to(DTYPE)
-    return tl.reshape(tl.join(low, high), [row.shape[0], block.shape[0] * 32])
-
-
-@triton.jit
 def product(
     x_rows, W, Scales, n0, n, width, depth, stride_w_k, stride_w_n, stride_scales_row,
     low_rank_rows, Expand, rank, scaling, stride_expand_r, stride_expand_n,
-    PACKED: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PACKED: tl.constexpr, UNPACK: tl.constexpr, EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x W of one expert, fp32 [M, N], and scaling (low_rank Expand) where there is such.
 
@@ -108,11 +86,12 @@ def product(
         if PACKED == PACKED_DEPTH:
             block = k0 // 32 + tl.arange(0, BLOCK_K // 32)
             mask = (n < width)[:, None] & (block * 32 < depth)[None, :]
-            w = tl.trans(_unpack(W, Scales, n, block, mask, stride_w_n, stride_scales_row, DTYPE))
+            w = unpack(W, Scales, n, block, mask, stride_w_n, stride_scales_row, DTYPE, UNPACK)
+            w = tl.trans(w)
         elif PACKED == PACKED_COLUMNS:
             block = n0 // 32 + tl.arange(0, BLOCK_N // 32)
             mask = (k < depth)[:, None] & (block * 32 < width)[None, :]
-            w = _unpack(W, Scales, k, block, mask, stride_w_k, stride_scales_row, DTYPE)
+            w = unpack(W, Scales, k, block, mask, stride_w_k, stride_scales_row, DTYPE, UNPACK)
         else:
             w = tl.load(W + k[:, None] * stride_w_k + n[None, :] * stride_w_n, mask=inside, other=0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
