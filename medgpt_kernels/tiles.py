@@ -52,7 +52,9 @@ def device_family(index: int) -> str:
     """The family of one CUDA or ROCm device."""
     if torch.version.hip is not None:
         return "gfx942"
-    shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    from triton.runtime import driver
+
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return nearest_family(torch.cuda.get_device_capability(index), shared)
 
 

@@ -14,10 +14,11 @@ import pytest
 from medgpt.cli import main, parser
 from medgpt.eval import contamination
 from medgpt.eval.cli import spelled
+from medgpt.eval.comparison import compare_runs
 from medgpt.eval.journal import Completion, Journal
 from medgpt.eval.published import MODELS, TABLE, published
 from medgpt.eval.questions import Question
-from medgpt.eval.report import collect, compare_runs, write_report
+from medgpt.eval.report import collect, write_report
 from medgpt.eval.scoring import score, summarize, token_scores
 
 CHOICE = Question("q1", "choice", "Q?", "B", {"A": "x", "B": "y"}, groups={"organ": "lung"})

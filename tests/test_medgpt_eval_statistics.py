@@ -16,13 +16,14 @@ from medgpt.eval.statistics import (
 )
 
 RUNS = 1000
-# three standard deviations of a share of 5 % in RUNS runs
-ERROR = 3 * np.sqrt(0.05 * 0.95 / RUNS)
-DESIGNS = [  # clusters, questions of one on average, accuracy, correlation within one
-    (80, 4, 0.6, 0.3),
-    pytest.param((150, 1, 0.6, 0.0), marks=pytest.mark.slow),
-    pytest.param((60, 3, 0.85, 0.2), marks=pytest.mark.slow),
-]
+# clusters, questions of one on average, accuracy, correlation within one
+DESIGNS = [(80, 4, 0.6, 0.3), (150, 1, 0.6, 0.0), (60, 3, 0.85, 0.2)]
+FEW = 150  # runs of the bounded part
+
+
+def error(runs: int) -> float:
+    """Three standard deviations of a share of 5 % in so many runs."""
+    return 3 * np.sqrt(0.05 * 0.95 / runs)
 
 
 def one_run(rng, clusters, size, p, rho):
@@ -33,36 +34,48 @@ def one_run(rng, clusters, size, p, rho):
     return (rng.random(len(index)) < np.broadcast_to(own, clusters)[index]).astype(float), index
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_intervals_cover(design):
-    rng, inside, naive = np.random.default_rng(0), 0, 0
-    for seed in range(RUNS):
+def covered(design, runs: int, clustered: bool = True, replicates: int = 500) -> float:
+    """Share of runs whose 95 % interval holds the truth."""
+    rng, inside = np.random.default_rng(0), 0
+    for seed in range(runs):
         correct, clusters = one_run(rng, *design)
-        found = accuracy(correct, clusters, replicates=500, seed=seed)
+        found = accuracy(correct, clusters if clustered else None, replicates=replicates, seed=seed)
         inside += found.low <= design[2] <= found.high
-        if seed < 200:
-            found = accuracy(correct, None, replicates=200, seed=seed)
-            naive += found.low <= design[2] <= found.high
-    assert 0.93 <= inside / RUNS <= 0.97
-    if design[3]:  # the same interval without clusters is too short
-        assert naive / 200 < 0.92
+    return inside / runs
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_the_paired_test_keeps_its_level(design):
-    """Two runs equally good on average, each better at other clusters."""
+def rejected(design, runs: int, clustered: bool = True, replicates: int = 300) -> float:
+    """Share of p <= 5 % between two runs equally good on average, each better at other clusters."""
     clusters, size, p, _ = design
-    rng, rejected, by_question = np.random.default_rng(1), 0, 0
-    for seed in range(RUNS):
+    rng, found = np.random.default_rng(1), 0
+    for seed in range(runs):
         _, index = one_run(rng, clusters, size, 0.5, 0.0)
         taste = rng.normal(0, 0.2, clusters)[index] if size > 1 else 0
         a, b = (rng.random(len(index)) < np.clip(p + s * taste, 0, 1) for s in (1, -1))
-        rejected += compare(a, b, index, replicates=300, seed=seed).p <= 0.05
-        if seed < 200:
-            by_question += compare(a, b, None, replicates=200, seed=seed).p <= 0.05
-    assert abs(rejected / RUNS - 0.05) <= ERROR
-    if size > 1:  # taking questions as independent finds differences that are none
-        assert by_question / 200 > 0.05 + ERROR
+        names = index if clustered else None
+        found += compare(a, b, names, replicates=replicates, seed=seed).p <= 0.05
+    return found / runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", DESIGNS)
+def test_intervals_cover(design):
+    assert 0.93 <= covered(design, RUNS) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_paired_test_keeps_its_level(design):
+    assert abs(rejected(design, RUNS) - 0.05) <= error(RUNS)
+
+
+def test_intervals_and_the_paired_test_within_simulation_error():
+    """A bounded part of the two above, and both are wrong where clusters are left out."""
+    design = DESIGNS[0]
+    assert abs(covered(design, FEW) - 0.95) <= error(FEW)
+    assert covered(design, FEW, clustered=False, replicates=200) < 0.95 - error(FEW)
+    assert abs(rejected(design, FEW) - 0.05) <= error(FEW)
+    assert rejected(design, FEW, clustered=False, replicates=200) > 0.05 + error(FEW)
 
 
 def test_the_paired_test_finds_a_difference():
@@ -86,8 +99,8 @@ def test_mcnemar_rejects_as_often_as_its_own_distribution_says():
         split, coin = rng.random(n) < rate, rng.random(n) < 0.5
         a, b = (split & coin).astype(float), (split & ~coin).astype(float)
         rejected += compare(a, b, None, replicates=2, seed=seed).p_mcnemar <= 0.05
-    assert abs(rejected / RUNS - expected) <= ERROR
-    assert rejected / RUNS < 0.05 + ERROR
+    assert abs(rejected / RUNS - expected) <= error(RUNS)
+    assert rejected / RUNS < 0.05 + error(RUNS)
 
 
 def test_standard_errors_by_hand():

@@ -33,20 +33,43 @@ def two_readers(rng, count=60, each=3):
     return f1_of(meant, said), np.repeat(np.arange(count), each)
 
 
-def coverage(make, truth, runs=400):
+def coverage(make, truth, runs):
     """Share of runs whose 95 % interval holds the truth; make(rng) -> score, clusters."""
     held = 0
     for run in range(runs):
         score, clusters = make(np.random.default_rng(run))
-        found = score_estimate(score, cluster_names(clusters), replicates=400, seed=run)
+        found = score_estimate(score, cluster_names(clusters), replicates=1000, seed=run)
         held += found.low <= truth <= found.high
     return held / runs
 
 
-def test_intervals_cover():
-    assert 0.92 <= coverage(patients, 0.5) <= 0.98
-    # of every label: tp 0.3 * 0.7, fp 0.7 * 0.1, fn 0.3 * 0.3
-    assert 0.92 <= coverage(two_readers, 2 * 0.21 / (2 * 0.21 + 0.07 + 0.09)) <= 0.98
+# of every label: tp 0.3 * 0.7, fp 0.7 * 0.1, fn 0.3 * 0.3
+POOLED = 2 * 0.21 / (2 * 0.21 + 0.07 + 0.09)
+
+
+DESIGNS = [pytest.param(patients, 0.5, id="mean"), pytest.param(two_readers, POOLED, id="F1")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "truth"), DESIGNS)
+def test_intervals_cover(make, truth):
+    assert 0.93 <= coverage(make, truth, 1000) <= 0.97
+
+
+@pytest.mark.parametrize(("make", "truth"), DESIGNS)
+def test_intervals_cover_within_simulation_error(make, truth):
+    """A bounded part of the above: three standard deviations of a share of 95 % in 100 runs."""
+    assert coverage(make, truth, 100) >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / 100)
+
+
+def test_an_interval_of_zeros_is_on_the_scores_own_scale():
+    names = cluster_names(range(20))
+    edge = 1 - 0.025 ** (1 / 20)
+    for low, high in ((0.0, 1.0), (0.0, 10.0), (-1.4, 2.4)):
+        found = score_estimate(mean_of(np.full(20, low), range=(low, high)), names)
+        assert (found.low, found.high) == pytest.approx((low, low + edge * (high - low)))
+    found = score_estimate(mean_of(np.full(20, 0.3)), names)
+    assert np.isnan([found.low, found.high]).all()
 
 
 def test_reports_drawn_one_by_one_would_not_cover():
@@ -54,7 +77,7 @@ def test_reports_drawn_one_by_one_would_not_cover():
         score, clusters = patients(rng)
         return score, np.arange(len(clusters))
 
-    assert coverage(alone, 0.5, runs=200) < 0.9
+    assert coverage(alone, 0.5, runs=60) < 0.88
 
 
 def test_clusters_without_a_name_are_their_own():
@@ -189,7 +212,8 @@ def test_slices_value_gap_and_counts():
     assert one.estimate.value == pytest.approx(0.9)
     assert one.gap.value == pytest.approx(0.5)
     assert two.gap.value == pytest.approx(-0.5)
-    assert one.gap.low == pytest.approx(0.5)
+    # nobody moves the gap: no interval, which is not certainty
+    assert np.isnan([one.gap.low, one.gap.high]).all()
     assert one.estimate.n == women.sum()
     assert one.estimate.clusters == len(set(clusters[women].tolist()))
     assert not one.few

@@ -88,3 +88,32 @@ def test_overriding_one_entry_and_no_other():
         assert tiles.choose("attention_fwd", x, "16-64")["num_warps"] == 2
         assert tiles.choose("attention_bwd_q", x, "16-64")["num_warps"] != 2
     assert tiles.choose("attention_fwd", x, "16-64") == before
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_tables_are_committed_as_the_tuner_writes_them(family):
+    tune = pytest.importorskip("tune")
+    assert tune.dumps(tiles.table(family)) == (tiles.FOLDER / f"{family}.json").read_text()
+
+
+def test_neighbours_are_one_step_away():
+    tune = pytest.importorskip("tune")
+    found = list(tune.neighbours({"BLOCK_M": 16, "num_warps": 8, "num_stages": 1}))
+    assert found == [
+        {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1},
+        {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_M": 16, "num_warps": 16, "num_stages": 1},
+        {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2},
+    ]
+
+
+def test_the_walk_takes_what_is_faster_and_right(monkeypatch):
+    """Times stand in for a card's: less for fewer warps, but two give wrong results."""
+    tune = pytest.importorskip("tune")
+    search = object.__new__(tune.Search)
+    search.place = tune.Place(dry=True)
+    monkeypatch.setattr(search, "seconds", lambda k, key, t: float(t["num_warps"]), raising=False)
+    monkeypatch.setattr(search, "right", lambda k, key, t: t["num_warps"] != 2, raising=False)
+    start = {"num_warps": 16}
+    assert search.walk("rotary", "*", start, float("inf")) == {"num_warps": 4}
+    assert search.walk("rotary", "*", start, 0.0) == start  # no time

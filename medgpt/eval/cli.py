@@ -18,6 +18,7 @@ EXAMPLES = """examples:
 """
 
 
+SHORT = ("bleu_4", "rouge_l", "meteor_exact_stem", "cider_d")
 COMMANDS = ("run", "tasks", "report", "compare", "contamination", "metrics", "annotate")
 
 
@@ -54,7 +55,12 @@ def add_parsers(subparsers) -> None:
     found = commands.add_parser("contamination", help="questions that a training set holds")
     add = found.add_argument
     _data_arguments(add)
-    add("--train", required=True, metavar="PATH", help="rows that were trained on, .jsonl")
+    add(
+        "--train",
+        required=True,
+        metavar="PATH",
+        help="rows that were trained on: a folder of parquet, or .jsonl",
+    )
     add("--run", metavar="DIR", dest="folder", help="a run, for clean and dirty accuracy")
     add("--examples", action="store_true", help="list ids of contaminated questions")
     add("--seed", type=int, default=0)
@@ -89,7 +95,7 @@ def _run_parser(sub: argparse.ArgumentParser) -> None:
     add("--cache", metavar="DIR", help="of completions, shared by runs; default in --out")
     add("--model-arg", action="append", default=[], metavar="NAME=VALUE", help="as dtype=float32")
     add("--log-samples", action="store_true", help="texts into inspect's log, for its viewer")
-    sub.set_defaults(run=_ask)
+    sub.set_defaults(run=_with_extra)
 
 
 def _tasks(args) -> None:
@@ -125,6 +131,17 @@ def _sources(args, names: list[str]) -> dict[str, str]:
     return given
 
 
+def _with_extra(args) -> None:
+    """_ask, where a package that is not there is a line that says how to get it."""
+    try:
+        _ask(args)
+    except ImportError as error:
+        extra = ""
+        if getattr(error, "name", None) in ("inspect_ai", "anyio", "scipy", "tqdm"):
+            extra = "; pip install 'medgpt-kernels[eval]'"
+        raise ValueError(f"{error}{extra}") from error
+
+
 def _ask(args) -> None:
     from medgpt.eval import runner
     from medgpt.eval.plan import plan
@@ -147,7 +164,12 @@ def _ask(args) -> None:
     ]
     for made in plans:
         print(_loaded(made), file=sys.stderr)
+    if wrong := [value for value in args.model_arg if "=" not in value]:
+        raise ValueError(f"--model-arg: expected NAME=VALUE, got {wrong[0]}")
     options = dict(value.split("=", 1) for value in args.model_arg)
+    if args.model.partition("/")[0] in ("hf", "vllm", "sglang"):  # named on the hub: asked for
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ.pop(name, None)
     model, identity = runner.open_model(args.model, **options)
     decoding = runner.Decoding(
         max_tokens=args.max_tokens, reasoning_effort=args.reasoning, seed=args.seed
@@ -182,10 +204,16 @@ def _loaded(made) -> str:
 
 
 def _line(result: dict) -> str:
-    from medgpt.eval.report import shown
+    from medgpt.eval.report import percent, shown
+    from medgpt.eval.report_section import number
 
+    timing, base = result["timing"], result.get("baselines", {})
     score = shown(result["metrics"].get("accuracy"))
-    timing = result["timing"]
+    if base:
+        score += f" (chance {percent(base['chance'])}, majority {percent(base['majority'])})"
+    if measured := result.get("measured"):
+        shorts = [f"{s['metric']} {number(s)}" for s in measured["scores"] if s["metric"] in SHORT]
+        score = ", ".join(shorts)
     return (
         f"{result['task']}: {score}, unparsed {result['unparsed']} of {result['n']}, cut "
         f"{result['cut']}; asked {timing['asked']}, known {timing['known']}, "
@@ -201,7 +229,7 @@ def _report(args) -> None:
 
 
 def _compare(args) -> None:
-    from medgpt.eval.report import compare_runs, compared_markdown
+    from medgpt.eval.comparison import compare_runs, compared_markdown
 
     found = compare_runs(*args.runs, seed=args.seed)
     print(json.dumps(found, indent=1) if args.json else compared_markdown(found))

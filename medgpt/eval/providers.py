@@ -44,7 +44,12 @@ class Local(ModelAPI):
         self.expect: int | None = None
         self.waiting: list[_Request] = []
         self.busy = anyio.Lock()
-        self.load(Path(model_name), **model_args)
+        self.model, self.model_args = None, model_args
+
+    def ready(self) -> None:
+        """Loads the model, once: inspect_ai makes instances of a model just to look at its name."""
+        if self.model is None:
+            self.load(Path(self.model_name), **self.model_args)
 
     def load(self, path: Path, **model_args) -> None:
         raise NotImplementedError
@@ -77,6 +82,7 @@ class Local(ModelAPI):
         error, answers = None, [None] * len(batch)
         try:
             async with self.busy:
+                self.ready()
                 work = [request.messages for request in batch]
                 answers = await anyio.to_thread.run_sync(self.complete, work, config)
         except Exception as caught:

@@ -5,8 +5,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medgpt.eval.published import MIMIC_FINDINGS, MODELS, NOT_ACCURACY, SOURCE, published
-from medgpt.eval.statistics import compare, holm
+from medgpt.eval.published import MODELS, NOT_ACCURACY, SOURCE, published
+from medgpt.eval.report_section import (
+    absent_notes,
+    drawn,
+    measured_of,
+    section,
+    slice_table,
+)
+from medgpt.eval.report_section import plot as plot_metrics
 
 NOTICE = (
     "Intervals are 95 %, BCa over clusters (image, patient, case). Unparsed answers are wrong. "
@@ -20,6 +27,8 @@ def read_run(folder: str | Path) -> dict:
     found = {}
     for path in sorted((folder / "tasks").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if measured := measured_of(folder, result["task"]):
+            result["measured"] = measured
         found[result["task"]] = result
     if not found:
         raise ValueError(f"report: expected a run, got {folder.name} without results")
@@ -90,6 +99,8 @@ def headline(found: dict) -> tuple[list[str], list[list[str]]]:
     header = ["task", *found["runs"], *(f"{m} (published)" for m in MODELS)]
     rows = []
     for row in found["tasks"]:
+        if not row["comparable"] or not any(_accuracy(row, name) for name in found["runs"]):
+            continue
         own = [shown(_accuracy(row, name)) for name in found["runs"]]
         theirs = [percent(row["published"].get(m)) for m in MODELS]
         rows.append([row["title"], *own, *theirs])
@@ -165,17 +176,20 @@ def subgroup_rows(row: dict, runs: Sequence[str]) -> list[list[str]]:
 
 
 def markdown(found: dict) -> str:
-    out = [f"# Evaluation\n\n{NOTICE} Published: {SOURCE}.\n\n", table(*headline(found))]
+    out = [f"# Evaluation\n\n{NOTICE} Published: {SOURCE}.\n\n"]
+    if headline(found)[1]:
+        out.append(table(*headline(found)))
     for row in found["tasks"]:
         out.append(f"\n## {row['title']}\n\n")
         if row["note"]:
             out.append(f"Note: {row['note']}.\n\n")
         if row["published"] and not row["comparable"]:
             out.append(f"Published as {row['published_as']}: no accuracy.\n\n")
-        if row["task"] == "mimic_cxr_findings":
-            text = ", ".join(f"{k} {v}" for k, v in MIMIC_FINDINGS.items())
-            out.append(f"Published: {text}.\n\n")
         out.append(table(DETAIL, detail(row)))
+        for part in (section(row, found["runs"]), slice_table(row)):
+            if part:
+                out.append("\n" + table(*part))
+        out += [f"\n{note}\n" for note in absent_notes(row)]
         if groups := subgroup_rows(row, found["runs"]):
             out.append("\n" + table(["field", "value", "n", *found["runs"]], groups))
     return "".join(out)
@@ -194,13 +208,21 @@ def page(found: dict) -> str:
     """One file with nothing to fetch."""
     esc = html.escape
     body = [f"<h1>Evaluation</h1><p>{esc(NOTICE)} Published: {esc(SOURCE)}.</p>"]
-    body.append(_html_table(*headline(found)))
+    if headline(found)[1]:
+        body.append(_html_table(*headline(found)))
     for row in found["tasks"]:
         body.append(f"<h2>{esc(row['title'])}</h2>")
         if row["note"]:
             body.append(f"<p>Note: {esc(row['note'])}.</p>")
         body.append(plot(row))
         body.append(_html_table(DETAIL, detail(row)))
+        body.append(plot_metrics(row))
+        if part := section(row, found["runs"]):
+            body.append(_html_table(*part))
+        if part := slice_table(row):
+            body.append(f"<details><summary>by age, sex, site</summary>{_html_table(*part)}")
+            body.append("</details>")
+        body += [f"<p>{esc(note)}</p>" for note in absent_notes(row)]
         if groups := subgroup_rows(row, found["runs"]):
             header = ["field", "value", "n", *found["runs"]]
             body.append(f"<details><summary>by subgroup</summary>{_html_table(header, groups)}")
@@ -234,103 +256,6 @@ def plot(row: dict) -> str:
         lines += [(f"{m}, published", {"value": v}, False) for m, v in row["published"].items()]
     if not lines:
         return ""
-    left, width, step = 330, 520, 24
-    height = step * len(lines) + 34
-
-    def x(value: float) -> float:
-        return round(left + width * value, 1)
-
-    parts = []
-    for tick in range(0, 101, 20):
-        at = x(tick / 100)
-        parts.append(f'<line x1="{at}" y1="4" x2="{at}" y2="{height - 26}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{at}" y="{height - 8}" text-anchor="middle">{tick} %</text>')
     bases = {r["baselines"]["chance"] for r in row["runs"].values() if r.get("baselines")}
-    for chance in bases - {None}:
-        at = x(chance)
-        parts.append(
-            f'<line x1="{at}" y1="4" x2="{at}" y2="{height - 26}" stroke="#b33" '
-            'stroke-dasharray="4 3"><title>chance</title></line>'
-        )
-    for index, (name, found, own) in enumerate(lines):
-        y, colour = step * index + 18, "#1f5fa8" if own else "#777"
-        label = html.escape(name if len(name) <= 46 else name[:45] + "…")
-        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{label}</text>')
-        if found.get("low") is not None:
-            parts.append(
-                f'<line x1="{x(found["low"])}" y1="{y}" x2="{x(found["high"])}" y2="{y}" '
-                f'stroke="{colour}" stroke-width="2"/>'
-            )
-        fill = colour if own else "#fff"
-        title = html.escape(f"{name}: {shown({'low': None, **found})}")
-        parts.append(
-            f'<circle cx="{x(found["value"])}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}">'
-            f"<title>{title}</title></circle>"
-        )
-    return (
-        f'<svg viewBox="0 0 {left + width + 40} {height}" width="{left + width + 40}" role="img" '
-        f'font-size="12" font-family="system-ui,sans-serif">{"".join(parts)}</svg>'
-    )
-
-
-def compare_runs(a: str | Path, b: str | Path, *, seed: int = 0) -> dict:
-    """A less B on the questions of the tasks that both ran, with p values adjusted over tasks.
-
-    Raises:
-        ValueError: no common task, or one whose rows differ.
-    """
-    first, second = read_run(a), read_run(b)
-    names = sorted(set(first["tasks"]) & set(second["tasks"]))
-    names = [n for n in names if first["tasks"][n]["metrics"].get("accuracy")]
-    if not names:
-        raise ValueError("compare: expected a task that both runs have, got none")
-    rows = []
-    for name in names:
-        one, two = first["tasks"][name], second["tasks"][name]
-        if one["loaded"]["sha256"] != two["loaded"]["sha256"]:
-            raise ValueError(f"compare: expected the same rows of {name}, got others")
-        left, right = (_records(run["folder"], name) for run in (first, second))
-        shared = [key for key in left if key in right]
-        found = compare(
-            [left[k]["score"] for k in shared],
-            [right[k]["score"] for k in shared],
-            [left[k]["cluster"] for k in shared],
-            seed=seed,
-        )
-        rows.append(
-            {
-                "task": name,
-                "questions": len(shared),
-                "same_prompt": one["prompt"] == two["prompt"],
-                **found._asdict(),
-                "difference": found.difference._asdict(),
-            }
-        )
-    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = adjusted
-    return {"a": first["name"], "b": second["name"], "tasks": rows}
-
-
-def _records(folder: Path, task: str) -> dict[str, dict]:
-    lines = (folder / "records" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["id"]: r for r in records if r["score"] is not None}
-
-
-def compared_markdown(found: dict) -> str:
-    header = ["task", "n", "A - B", "p", "p, Holm", "McNemar exact", "only A", "only B", "prompt"]
-    rows = [
-        [
-            row["task"],
-            row["questions"],
-            shown(row["difference"]),
-            f"{row['p']:.4f}",
-            f"{row['p_holm']:.4f}",
-            "-" if row["p_mcnemar"] is None else f"{row['p_mcnemar']:.4f}",
-            row["a_only"],
-            row["b_only"],
-            "same" if row["same_prompt"] else "differs",
-        ]
-        for row in found["tasks"]
-    ]
-    return f"A: {found['a']}\nB: {found['b']}\n\n{table(header, rows)}"
+    ticks = [f"{tick} %" for tick in range(0, 101, 20)]
+    return drawn(lines, ticks, shown, [(chance, "chance") for chance in bases - {None}])

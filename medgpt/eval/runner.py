@@ -1,6 +1,7 @@
 """Runs tasks on a model through inspect_ai; what was answered before is not asked again."""
 
 import base64
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from medgpt.eval.plan import Plan, described
 from medgpt.eval.questions import Picture
 
 LOCAL = ("medgpt", "transformers")
+MINUTE = 60.0  # seconds
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
 
 
@@ -38,7 +40,9 @@ class Asker:
         self.made, self.model, self.journal, self.config = made, model, journal, config
         batches = made.batches(size)
         self.batch_of = {made.keys[i]: batch for batch in batches for i in batch}
-        self.total, self.asked = len(self.batch_of), 0
+        self.asked = 0
+        known = sum(key in journal for key in self.batch_of)
+        self.progress = Progress(made.task.name, len(self.batch_of), known)
         self.locks: dict[int, object] = {}
 
     async def answer(self, key: str) -> Completion:
@@ -78,12 +82,40 @@ class Asker:
                 group.start_soon(one, index)
         self.asked += len(found)
         self.journal.add({self.made.keys[i]: found[self.made.keys[i]] for i in indices})
-        progress(f"{self.made.task.name}: {self.asked} asked of {self.total}")
+        self.progress.add(len(found))
 
 
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+class Progress:
+    """A bar where somebody sees it; elsewhere, as in a job's log, a line a minute."""
+
+    def __init__(self, name: str, total: int, known: int):
+        from tqdm import tqdm
+
+        self.name, self.total, self.done = name, total, known
+        self.told = time.monotonic()
+        self.bar = tqdm(desc=name, total=total, initial=known, unit="q", disable=None)
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.told >= MINUTE:
+            self.told = time.monotonic()
+            print(f"{self.name}: {self.done} of {self.total}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_bars():
+    """transformers' bars of weights only where somebody sees them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _messages(conversation: Sequence[dict]) -> list:
@@ -144,7 +176,10 @@ def open_model(name: str, **model_args):
             raise ValueError(f"--model: expected a checkpoint, got {rest}, not there")
         identity = {"model": f"{provider}:{path.name}", "sha256": providers.fingerprint(path)}
         identity["args"] = dict(model_args)
-        return get_model(f"{provider}/{path}", memoize=False, **model_args), identity
+        model = get_model(f"{provider}/{path}", memoize=False, **model_args)
+        with quiet_bars():
+            model.api.ready()
+        return model, identity
     model = get_model(name, **model_args)
     return model, {"model": name, "base_url": model.api.base_url, "args": dict(model_args)}
 
@@ -217,6 +252,7 @@ def run_task(
                 f"{made.task.name}: expected {len(made.keys)} answers, got {asker.asked} and then "
                 f"{why}; the same command goes on from there"
             )
+        asker.progress.bar.close()
         answers = [journal[key] for key in made.keys]
     ordered = [records[question.id] for question in made.questions]
     wall = time.perf_counter() - started
@@ -244,10 +280,17 @@ def run_task(
         "versions": versions(),
     }
     _write_lines(out / "records" / f"{made.task.name}.jsonl", ordered)
+    measured = None
     if any(q.kind == "report" for q in made.questions):
-        _write_lines(out / "reports" / f"{made.task.name}.jsonl", _reports(made, answers))
+        from medgpt.eval.report_metrics.cli import Options, measure
+
+        path = out / "reports" / f"{made.task.name}.jsonl"
+        _write_lines(path, _reports(made, answers))
+        # what text alone gives; `medgpt eval metrics RUN --cache CACHE` gives the rest
+        measured = measure(path, Options(seed=seed))[0]
+        write_json(out / "metrics" / f"{made.task.name}.json", measured)
     write_json(out / "tasks" / f"{made.task.name}.json", result)
-    return result
+    return result if measured is None else {**result, "measured": measured}
 
 
 def _reports(made: Plan, answers: Sequence[Completion]) -> list[dict]:

@@ -108,7 +108,7 @@ def estimate(
     combine: Callable[[np.ndarray], np.ndarray] = ratio,
     clusters: Sequence | None = None,
     *,
-    lowest: float = 0.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -119,11 +119,12 @@ def estimate(
         parts: [N, K].
         combine: sums [..., K] -> score [...].
         clusters: N names.
-        lowest: of the score: 0 or, of a difference, -1.
+        bounds: lowest and highest score; (-1, 1) of a difference.
         level, replicates, seed: of the interval.
 
     Where every cluster says the same (all right, all wrong, all ties) the bootstrap has nothing to
-    draw from; the interval is then Clopper and Pearson's with as many trials as clusters.
+    draw from; the interval is then Clopper and Pearson's with as many trials as clusters, at the
+    score's own scale, and none for a score that is not at a bound.
     """
     sums = cluster_sums(parts, clusters)
     count, total = len(sums), sums.sum(0)
@@ -136,10 +137,7 @@ def estimate(
     spread = left_out.mean() - left_out if len(left_out) else np.zeros(1)
     se = float(np.sqrt((count - 1) / count * np.square(spread).sum()))
     if not np.any(np.abs(spread) > 1e-15):
-        if value not in (0.0, 1.0):
-            return nothing._replace(se=0.0, low=value, high=value)
-        edge = 1 - ((1 - level) / 2) ** (1 / count)
-        low, high = (1 - edge, 1.0) if value == 1 else (max(-edge, lowest), edge)
+        low, high = _same_everywhere(value, count, level, bounds)
         return nothing._replace(se=0.0, low=low, high=high)
     drawn = np.concatenate([combine(w @ sums) for w in _draws(count, replicates, seed)])
     drawn = drawn[np.isfinite(drawn)]
@@ -149,6 +147,20 @@ def estimate(
     z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
     low, high = np.quantile(drawn, stats.norm.cdf(bias + z / (1 - skew * z)))
     return nothing._replace(se=se, low=float(low), high=float(high))
+
+
+def _same_everywhere(value, count: int, level: float, bounds) -> tuple[float, float]:
+    """Bounds of a score that is the same in all of `count` clusters."""
+    edge = 1 - ((1 - level) / 2) ** (1 / count)
+    lowest, highest = bounds
+    reach = edge * (highest - lowest)
+    if np.isclose(value, highest, rtol=0, atol=1e-9):
+        return highest - reach, highest
+    if np.isclose(value, lowest, rtol=0, atol=1e-9):
+        return lowest, lowest + reach
+    if (lowest, highest) == (-1.0, 1.0) and value == 0:
+        return -edge, edge
+    return float("nan"), float("nan")
 
 
 def accuracy(scores: Sequence, clusters: Sequence | None = None, **kwargs) -> Estimate:
@@ -177,7 +189,7 @@ def compare(
         raise ValueError(f"compare: expected the same questions, got {len(a)} and {len(b)}")
     parts = np.stack([a - b, np.ones_like(a)], 1)
     options = {"level": level, "replicates": replicates, "seed": seed}
-    difference = estimate(parts, ratio, clusters, lowest=-1.0, **options)
+    difference = estimate(parts, ratio, clusters, bounds=(-1.0, 1.0), **options)
     p = _bootstrap_p(cluster_sums(parts, clusters), replicates, seed)
     a_only, b_only = int(np.sum((a == 1) & (b == 0))), int(np.sum((a == 0) & (b == 1)))
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())

@@ -81,9 +81,24 @@ def _weights_here(kind: str, model: str) -> bool:
     from appdirs import user_cache_dir
 
     if kind == "chexbert":
-        return os.path.exists(os.path.join(user_cache_dir("chexbert"), "chexbert.pth"))
+        return _chexbert_weights().is_file() and _in_hub_cache("bert-base-uncased")
     version = importlib.metadata.version("radgraph")
     return os.path.isdir(os.path.join(user_cache_dir("radgraph"), version, model))
+
+
+def _chexbert_weights() -> Path:
+    from appdirs import user_cache_dir
+
+    return Path(user_cache_dir("chexbert")) / "chexbert.pth"
+
+
+def _fetch_chexbert() -> None:
+    """f1chexbert 0.0.2 asks for them with an argument that huggingface_hub no longer has."""
+    from huggingface_hub import hf_hub_download
+
+    path = _chexbert_weights()
+    if not path.is_file():
+        hf_hub_download("StanfordAIMI/RRG_scorers", path.name, local_dir=path.parent)
 
 
 def _in_hub_cache(repo: str) -> bool:
@@ -261,6 +276,8 @@ def annotate(reports, folder, kind, *, model=None, name=None, device="cpu", down
     done = 0
     if work:
         with network(download):
+            if download and kind == "chexbert":
+                _fetch_chexbert()
             entries = ENCODERS[kind](work, model, device)
             done = store.append(folder, kind, name, params_of(kind, model), entries)
     total = len(to_annotate(reports, kind))

@@ -2,9 +2,27 @@
 
 import json
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 FAMILIES = ("text", "radgraph", "chexbert", "bertscore", "radcliq", "ratescore")
 KINDS = ("radgraph", "chexbert", "bertscore", "ratescore_entities")
+
+
+class Options(NamedTuple):
+    """Arguments of `medgpt eval metrics` for who calls it from Python."""
+
+    cache: str | None = None
+    metrics: tuple[str, ...] | None = None
+    annotator: tuple[str, ...] = ()
+    casing: str = "lower"
+    uncertain: str = "positive"
+    cluster: str = "patient"
+    slices: tuple[str, ...] = ()
+    probes: str | None = None
+    replicates: int = 1000
+    level: float = 0.95
+    seed: int = 0
 
 
 def add_parsers(subparsers) -> None:
@@ -44,7 +62,7 @@ def add_parsers(subparsers) -> None:
 
 
 def _reports_argument(parser) -> None:
-    text = "JSONL of {id, reference, generated, patient, age, sex, site, labels}"
+    text = "a run's folder, or JSONL of {id, reference, generated, patient, age, sex, site, labels}"
     parser.add_argument("reports", help=text)
 
 
@@ -59,9 +77,10 @@ def run_annotate(args) -> None:
 
     if (args.model or args.name) and len(args.kinds) != 1:
         raise ValueError(f"--model, --name: expected one of --kinds, got {len(args.kinds)}")
-    reports = read_reports(args.reports)
+    files = report_files(args.reports)
     status = 0
-    for kind in args.kinds:
+    for path, kind in ((path, kind) for path in files for kind in args.kinds):
+        reports = read_reports(path)
         options = {"model": args.model, "name": args.name, "device": args.device}
         try:
             done = annotate(reports, args.cache, kind, download=args.download, **options)
@@ -80,21 +99,50 @@ def run_annotate(args) -> None:
 
 def run_metrics(args) -> None:
     from medgpt.eval.report_metrics import table
+    from medgpt.eval.runner import write_json
+
+    files = report_files(args.reports)
+    if len(files) > 1 and (args.json or args.per_report):
+        raise ValueError(f"--json, --per-report: expected one file of reports, got {len(files)}")
+    for path in files:
+        document, everything, reports = measure(path, args)
+        if Path(args.reports).is_dir():
+            print(f"## {path.stem}\n")
+            write_json(Path(args.reports) / "metrics" / f"{path.stem}.json", document)
+        print(table.markdown(document))
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1, allow_nan=False)
+        if args.per_report:
+            table.write_per_report(args.per_report, reports, everything)
+
+
+def report_files(given) -> list[Path]:
+    """The file itself, or those that a run wrote under its folder."""
+    path = Path(given)
+    if not path.is_dir():
+        return [path]
+    if not (files := sorted((path / "reports").glob("*.jsonl"))):
+        raise ValueError(f"reports: expected a run with reports/*.jsonl, got none in {path.name}")
+    return files
+
+
+def measure(path, options) -> tuple:
+    """(document, scores, reports) of a file of reports.
+
+    Args:
+        options: Options, or the command's arguments of the same names.
+    """
     from medgpt.eval.report_metrics.evaluate import score_reports
     from medgpt.eval.report_metrics.reports import read_reports
 
-    reports = read_reports(args.reports)
-    annotators = dict(_pair(text) for text in args.annotator)
+    reports = read_reports(path)
+    annotators = dict(_pair(text) for text in options.annotator)
     scores, absent = score_reports(
-        reports, args.cache, args.metrics, annotators, args.casing, args.uncertain
+        reports, options.cache, options.metrics, annotators, options.casing, options.uncertain
     )
-    document, everything = build(reports, scores, absent, args, annotators)
-    print(table.markdown(document))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1, allow_nan=False)
-    if args.per_report:
-        table.write_per_report(args.per_report, reports, everything)
+    document, everything = build(reports, scores, absent, options, annotators)
+    return document, everything, reports
 
 
 def build(reports, scores, absent, args, annotators) -> tuple[dict, list]:

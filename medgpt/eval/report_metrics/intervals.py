@@ -36,6 +36,7 @@ def score_estimate(score: Score, clusters, mask=None, **options) -> Estimate:
     """
     mask = np.ones(len(clusters), bool) if mask is None else mask
     parts = _counted(score, mask)[mask]
+    options = {"bounds": score.range, **options}
     return estimate(parts, lambda sums: _value(score, sums), clusters[mask], **options)
 
 
@@ -47,5 +48,5 @@ def gap_estimate(score: Score, clusters, mask, **options) -> Estimate:
         one, rest = np.split(sums, 2, axis=-1)
         return _value(score, one) - _value(score, rest)
 
-    found = estimate(parts, difference, clusters, **options)
-    return found._replace(low=found.value, high=found.value) if found.se == 0 else found
+    # where no patient moves the gap, there is no interval of it
+    return estimate(parts, difference, clusters, bounds=(-np.inf, np.inf), **options)

@@ -1,6 +1,7 @@
 """Benchmarks: where their rows are, how a row becomes a question, and what is asked."""
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def tasks() -> dict[str, Task]:
 def get(name: str) -> Task:
     found = tasks()
     if name not in found:
-        raise ValueError(f"task: expected one of {', '.join(sorted(found))}, got {name}")
+        near = [t for t in found if t.startswith(name)] or get_close_matches(name, found, 3)
+        hint = f"one such as {', '.join(near)}" if near else "one of `medgpt eval tasks`"
+        raise ValueError(f"task: expected {hint}, got {name}")
     return found[name]
 
 
