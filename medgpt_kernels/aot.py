@@ -277,6 +277,10 @@ def compile_kernel(kernel: AotKernel, card_name: str, static: bool = False) -> R
     )  # fmt: skip
 
 
+def _ops() -> list[str]:
+    return sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
+
+
 def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
     """Every listed kernel by name, launches that compile alike only once.
 
@@ -284,8 +288,7 @@ def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
         modules: which to ask for `aot_kernels`; default: the triton module of every op.
     """
     if modules is None:
-        folders = sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
-        modules = [f"medgpt_kernels.{op}.triton" for op in folders]
+        modules = [f"medgpt_kernels.{op}.triton" for op in _ops()]
     found, seen = {}, {}
     for module in modules:
         for kernel in importlib.import_module(module).aot_kernels():
@@ -411,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compile what is asked for and print the tables; 1 where a kernel has a problem."""
     parser = argparse.ArgumentParser(prog="medgpt_kernels --aot", description=__doc__)
     parser.add_argument("-k", nargs="+", default=[], help="only kernels with all these in the name")
-    parser.add_argument("--op", help="only this op's kernels, as attention")
+    parser.add_argument("--op", choices=_ops(), help="only this op's kernels")
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--quick", action="store_true", help="only the bounded part")
     parser.add_argument("--processes", type=int, default=2)
