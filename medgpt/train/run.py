@@ -9,6 +9,7 @@ stage1:                  # fields of stages.Stage that differ
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -172,6 +173,7 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         use_cpu=cpu,
         bf16=half and not (cpu and run.deepspeed is None),
         seed=run.seed,
+        disable_tqdm=False,  # transformers' default goes by its logging level
         deepspeed=run.deepspeed_file,
         dataloader_num_workers=run.workers,
         logging_steps=run.logging_steps,
@@ -256,8 +258,11 @@ def start_of(run: Run, number: int) -> tuple[str, str | None]:
 def _peak_flops(run: Run, cpu: bool) -> float | None:
     if run.peak_tflops is not None:
         return run.peak_tflops * 1e12
-    if not cpu:
-        return None
+    return _cpu_flops() if cpu else None
+
+
+@functools.cache  # measured once for all stages
+def _cpu_flops() -> float:
     import torch
 
     from medgpt_kernels import roofline
