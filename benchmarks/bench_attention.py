@@ -7,6 +7,7 @@ flex: compiled FlexAttention with the sink as one more key, forward only.
 The reference runs in blocks of queries, or its fp64 scores would not fit.
 """
 
+import re
 from functools import partial
 
 import harness
@@ -32,6 +33,21 @@ CASES = {
     "full_fwdbwd_bf16": (512, 0, torch.bfloat16, True, FULL),
     "reports_fwdbwd": (0, 0, torch.float32, True, (*OURS, "lse_documents")),
 }
+SWEEP = {  # the other sizes of the plots; make bench-sweep
+    f"{case}_{tokens}": (
+        tokens,
+        *CASES[case][1:4],
+        (*OURS, "lse_chunk" if CASES[case][1] else "lse"),
+    )
+    for case, sizes in {
+        "full_fwd": (256, 512, 1024),
+        "full_fwdbwd": (256, 512, 1024),
+        "window_fwd": (512, 1024, 8192, 16384),
+        "window_fwdbwd": (512, 1024, 4096, 8192),
+    }.items()
+    for tokens in sizes
+}
+CASES |= SWEEP
 
 
 def in_blocks(q, k, v, **options):
@@ -96,7 +112,7 @@ def build(*, case, short, device) -> harness.Group:
         roofline.attention_cost, lengths, HEADS, KV_HEADS, HEAD_DIM, window=window, dtype=dtype
     )
     return harness.Group(
-        name=f"attention {case.removesuffix('_bf16').removesuffix('_4096')} {str(dtype)[6:]} "
+        name=f"attention {re.sub('_(bf16|[0-9]+)$', '', case)} {str(dtype)[6:]} "
         f"T{tokens} H{HEADS}/{KV_HEADS} D{HEAD_DIM}",
         cost=cost() + cost(backward=True) if backward else cost(),
         dtype=dtype,
@@ -108,7 +124,12 @@ def build(*, case, short, device) -> harness.Group:
 
 
 @pytest.mark.parametrize(
-    ("case", "contender"), [(case, name) for case, (*_, names) in CASES.items() for name in names]
+    ("case", "contender"),
+    [
+        pytest.param(case, name, marks=[pytest.mark.slow] if case in SWEEP else [])
+        for case, (*_, names) in CASES.items()
+        for name in names
+    ],
 )
 def bench_attention(case, contender, timed, short, device):
     timed(partial(build, case=case, short=short, device=device), case, contender)

@@ -27,6 +27,12 @@ CASES = {
     "window": (32768, WINDOW, torch.float32),
     "window_bf16": (32768, WINDOW, torch.bfloat16),
 }
+SWEEP = {  # the other sizes of the plots; make bench-sweep
+    f"cache_{length}{suffix}": (length, 0, dtype)
+    for length in (1024, 16384, 131072)
+    for suffix, dtype in (("", torch.float32), ("_bf16", torch.bfloat16))
+}
+CASES |= SWEEP
 
 
 def build(*, case, short, device) -> harness.Group:
@@ -63,7 +69,7 @@ def build(*, case, short, device) -> harness.Group:
             "lse": lambda: job.contender(partial(peers.decode_lse, *operands)),
         }
     return harness.Group(
-        name=f"decode_attention {case.removesuffix('_bf16')} {str(dtype)[6:]} S{length} "
+        name=f"decode_attention {case.split('_')[0]} {str(dtype)[6:]} S{length} "
         f"H{HEADS}/{KV_HEADS} D{HEAD_DIM}",
         cost=roofline.decode_attention_cost(seen, HEADS, KV_HEADS, HEAD_DIM, dtype=dtype),
         dtype=dtype,
@@ -75,7 +81,12 @@ def build(*, case, short, device) -> harness.Group:
 
 
 @pytest.mark.parametrize(
-    ("case", "contender"), [(case, name) for case in CASES for name in CONTENDERS]
+    ("case", "contender"),
+    [
+        pytest.param(case, name, marks=[pytest.mark.slow] if case in SWEEP else [])
+        for case in CASES
+        for name in CONTENDERS
+    ],
 )
 def bench_decode_attention(case, contender, timed, short, device):
     timed(partial(build, case=case, short=short, device=device), case, contender)

@@ -23,7 +23,11 @@ CASES = {
 
 
 def build(*, case, short, device) -> harness.Group:
-    shape, dtype = SHORT_SHAPE if short else SHAPE, CASES[case]
+    return group(case, SHORT_SHAPE if short else SHAPE, CASES[case], device)
+
+
+def group(case, shape, dtype, device) -> harness.Group:
+    """One shape [E, out, in]."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     packed = mk.mxfp4_quantize(w)
     unpacks = case.startswith("dequantize")

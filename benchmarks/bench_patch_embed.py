@@ -10,7 +10,6 @@ import functools
 from functools import partial
 
 import harness
-import material
 import peers_patch_embed as peers
 import pytest
 import torch
@@ -67,12 +66,19 @@ def compiled(job, images, arguments, *, short: bool):
     return job.contender(run, warmups=3)
 
 
-def naflex(*, short, device, dtype, backward) -> harness.Group:
-    """SigLIP2's NaFlex embedding of one packed batch."""
-    patch, width, cells = 16, 1152, 16
+def real_images(short: bool, patch: int, device) -> list[torch.Tensor]:
+    import material
+
     sizes = material.SMALL_SIZES if short else material.MIXED_SIZES
     batch = material.mixed_batch(len(sizes), patch, sizes)
-    images = [torch.from_numpy(picture.copy()).to(device) for picture in batch]
+    return [torch.from_numpy(picture.copy()).to(device) for picture in batch]
+
+
+def naflex(*, short, device, dtype, backward, images=None, width=1152) -> harness.Group:
+    """SigLIP2's NaFlex embedding of one packed batch: real images, or those given."""
+    patch, cells = 16, 16
+    images = real_images(short, patch, device) if images is None else images
+    sizes = [image.shape[:2] for image in images]
     total = sum(h * w for h, w in sizes) // patch**2
     shapes = {"weight": (width, 3 * patch**2), "bias": (width,), "table": (cells**2, width)}
     leaves = parameters(device, dtype, **{n: torch.Size(s) for n, s in shapes.items()})
@@ -129,6 +135,8 @@ def naflex(*, short, device, dtype, backward) -> harness.Group:
 
 def clip(*, short, device, dtype, backward) -> harness.Group:
     """CLIP ViT-L/14's embedding of the tiles of one radiograph, CLS row included."""
+    import material
+
     patch, width, cells = 14, 1024, 24
     count = 5 if short else 13
     tiles = torch.stack([torch.from_numpy(t.copy()) for t in material.clip_tiles(count)]).to(device)

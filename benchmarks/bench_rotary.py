@@ -28,9 +28,13 @@ def contender(call, name=None, **options) -> harness.Contender:
 
 
 def build(*, case, short, device) -> harness.Group:
+    return group(512 if short else 2048, CASES[case], short, device)
+
+
+def group(tokens, dtype, short, device) -> harness.Group:
+    """One shape; `short` leaves torch.compile out."""
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
-    tokens, dtype = 512 if short else 2048, CASES[case]
     rotary = yarn_rotary(HEAD_DIM, tokens, truncate=False).to(device)
     generator = torch.Generator().manual_seed(0)
     q, k = (

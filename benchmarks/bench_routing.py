@@ -58,7 +58,11 @@ def transformers_router(tensors):
 
 def build(*, case, short, device) -> harness.Group:
     tokens, short_tokens, calls, dtype, backward = CASES[case]
-    tokens = short_tokens if short else tokens
+    return group(short_tokens if short else tokens, calls, dtype, backward, short, device)
+
+
+def group(tokens, calls, dtype, backward, short, device) -> harness.Group:
+    """One shape; `short` leaves torch.compile out."""
     tensors = inputs(tokens, dtype, device)
     g = torch.Generator().manual_seed(1)
     seeds = [torch.randn(tokens, n, generator=g).to(device) for n in (TOPK, EXPERTS)]

@@ -160,7 +160,7 @@ class Ready(NamedTuple):
     seconds: float
 
 
-def _prepare(group: Group, names: Sequence[str]) -> tuple[dict[str, Ready], dict[str, Outcome]]:
+def prepare(group: Group, names: Sequence[str]) -> tuple[dict[str, Ready], dict[str, Outcome]]:
     """Build each contender and let it through only if its outputs on this very input are right."""
     ready, outcomes = {}, {}
     truth = group.truth()
@@ -200,7 +200,7 @@ def measure(group: Group, names: Sequence[str], rounds: int, slow_rounds: int) -
     while, be it a kernel's or a peer's.
     """
     roofs = roofline.measure(str(group.device))
-    ready, outcomes = _prepare(group, names)
+    ready, outcomes = prepare(group, names)
     left, repeated = {}, set()
     for name, (contender, first) in ready.items():
         # the checked call has warmed up what is slow for its own size

@@ -8,6 +8,8 @@ beyond outputs and gradients, over the least; the bar for ours is 1.25. Linux on
 import argparse
 import json
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +17,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+import peers_attention as peers  # noqa: E402
 from memory_patch_embed import peak_growth  # noqa: E402
 
 from medgpt_kernels import attention, backend  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 64, 8, 64
+PEERS = ("lse", "lse_chunk")  # of a full layer, of one with a window
 
 
 def measure(tokens: int, window: int, dtype: torch.dtype, contender: str) -> dict:
@@ -29,14 +33,19 @@ def measure(tokens: int, window: int, dtype: torch.dtype, contender: str) -> dic
     leaves = {n: t.requires_grad_() for n, t in leaves.items()}
     d_out = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
 
+    window_size = (window - 1, 0) if window else (-1, -1)
+    if contender == "lse_chunk":
+        call = partial(peers.lse_chunk, mask=peers.band_mask(tokens // window, window, dtype))
+    else:
+        call = peers.lse if contender == "lse" else partial(attention, window_size=window_size)
+
     def run(rows: int):
         inputs = {n: t if n == "sinks" else t[:rows] for n, t in leaves.items()}
-        window_size = (window - 1, 0) if window else (-1, -1)
-        out = attention(**inputs, window_size=window_size)
+        out = call(**inputs)
         return out, torch.autograd.grad(out, list(inputs.values()), d_out[:rows])
 
-    with backend(contender):
-        run(8)  # thread pools, lazy imports
+    with backend(contender) if contender not in PEERS else nullcontext():
+        run(8 if contender != "lse_chunk" else tokens)  # thread pools, lazy imports
         growth = peak_growth(lambda: run(tokens))
     given = sum(t.nbytes for t in leaves.values()) + d_out.nbytes
     made = sum(t.nbytes for t in leaves.values()) + d_out.nbytes + 4 * HEADS * tokens  # out, lse
@@ -57,7 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=128, help="0: none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--contender", choices=("cpu", "reference"), default="cpu")
+    parser.add_argument("--contender", choices=("cpu", "reference", *PEERS), default="cpu")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     print(json.dumps(measure(options.tokens, options.window, dtype, options.contender)))

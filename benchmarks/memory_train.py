@@ -24,9 +24,10 @@ from memory_patch_embed import status_bytes  # noqa: E402
 from train_packs import SyntheticPacks  # noqa: E402
 
 from medgpt import MedGPTConfig, MedGPTForConditionalGeneration  # noqa: E402
+from medgpt.train.arguments import training_arguments  # noqa: E402
 from medgpt.train.estimate import estimate  # noqa: E402
 from medgpt.train.stages import stage_of  # noqa: E402
-from medgpt.train.trainer import MedGPTTrainer, training_arguments  # noqa: E402
+from medgpt.train.trainer import MedGPTTrainer  # noqa: E402
 
 
 def mid() -> MedGPTConfig:

@@ -94,6 +94,23 @@ def _version(package: str) -> str | None:
         return None
 
 
+def header(device: str, *, short: bool) -> dict:
+    """Where, when and with what versions."""
+    packages = ("torch", "transformers", "triton", "numpy", "medgpt-kernels")
+    return {
+        "machine": machine_name(device),
+        "device": device.split(":")[0],
+        "date": datetime.date.today().isoformat(),
+        "short": short,
+        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+    }
+
+
+def stem(machine: str, date: str) -> str:
+    """What a result file is called."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}-{date}"
+
+
 def record(measured: list[Measured], device: str, *, short: bool) -> dict:
     """Everything a later reader needs to judge or compare the run."""
     roofs = measured[0].roofs
@@ -109,13 +126,8 @@ def record(measured: list[Measured], device: str, *, short: bool) -> dict:
             "contenders": timed,
             "refused": refused,
         }
-    packages = ("torch", "transformers", "triton", "numpy", "medgpt-kernels")
     return {
-        "machine": machine_name(device),
-        "device": device.split(":")[0],
-        "date": datetime.date.today().isoformat(),
-        "short": short,
-        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+        **header(device, short=short),
         "roofs": {
             "copy_gbs": roofs.copy_gbs,
             "gemm_gflops": {str(k).split(".")[-1]: v for k, v in roofs.gemm_gflops.items()},
@@ -193,9 +205,8 @@ def save(run: dict, folder: Path) -> list[Path]:
     Groups of an earlier run of that day, machine and versions stay where this run has none.
     """
     folder.mkdir(exist_ok=True)
-    machine = re.sub(r"[^a-z0-9]+", "-", run["machine"].lower()).strip("-")
-    stem = f"{machine}-{run['date']}{'-short' if run['short'] else ''}"
-    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    name = stem(run["machine"], run["date"]) + ("-short" if run["short"] else "")
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
     if paths[0].exists():
         earlier = json.loads(paths[0].read_text())
         if earlier["versions"] == run["versions"]:

@@ -8,6 +8,7 @@
 
 #include "bindings_cuda.h"
 #include "bindings_direct.h"
+#include "cpu/buffer.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -371,6 +372,20 @@ void bind_linear(py::class_<CpuKernels>& cpu) {
                         at<void>(bias), at<void>(y)});
       },
       py::call_guard<py::gil_scoped_release>());
+  cpu.def(
+      "linear_int8",
+      [](const CpuKernels& kernels, int dtype, int64_t tokens, int64_t in, int64_t out, Address x,
+         Address values, Address scales, Address bias, Address y) {
+        kernels.linear_int8({static_cast<DType>(dtype),
+                             tokens,
+                             in,
+                             out,
+                             at<void>(x),
+                             {at<int8_t>(values), at<void>(scales)},
+                             at<void>(bias),
+                             at<void>(y)});
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_mxfp4(py::class_<CpuKernels>& cpu) {
@@ -419,6 +434,8 @@ PYBIND11_MODULE(_c, m) {
   bind_linear(cpu);
   bind_mxfp4(cpu);
   bind_direct(m);
+  m.def("advise_huge_pages",
+        [](Address data, int64_t bytes) { advise_huge_pages(at<void>(data), bytes); });
   m.def(
       "open_cpu",
       [](const std::string& path) { return open_library<CpuKernels>(path, "medgpt_cpu_kernels"); },

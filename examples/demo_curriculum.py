@@ -1,6 +1,6 @@
 """All three stages on real material with the tiny model, in minutes on two cores: make demo
 
-    python examples/demo_curriculum.py OUT [--rows 84] [--epochs 2]
+    python examples/demo_curriculum.py OUT [--rows 140] [--epochs 4]
 
 Pictures are crops of radiographs, CT, MR, fundus and histology from pydicom-data and scikit-image,
 with captions and questions about what they are. Texts are chest X-ray reports of the Indiana
@@ -14,17 +14,19 @@ are named rightly, and writes curves.svg.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import random
+import shutil
 import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 KINDS = ("captions", "reports", "questions")
-LENGTH = 1024
+LENGTH = 2048
 PICTURES = {  # file: distribution, what it is
     "RG1_J2KR.dcm": ("pydicom-data", "chest radiograph"),
     "RG3_J2KR.dcm": ("pydicom-data", "ankle radiograph"),
@@ -35,14 +37,8 @@ PICTURES = {  # file: distribution, what it is
     "ihc.png": ("scikit-image", "histology slide"),
 }
 ASK = "What does this image show?"
-RATES = {
-    1: {"model.vision_tower": 1e-3, "model.multi_modal_projector": 3e-3},
-    2: dict.fromkeys(
-        ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"),
-        3e-3,
-    ),
-}
-RATES[3] = RATES[2]
+MIXES = {1: ("captions",), 2: ("captions", "reports"), 3: ("questions", "reports")}
+HELD_OUT = 14  # of each kind
 
 
 def packaged(distribution: str, name: str) -> Path | None:
@@ -126,7 +122,7 @@ def write(out: Path, count: int) -> dict[str, dict[str, str]]:
     paths = {}
     for seed, part in enumerate(("train", "held_out")):
         for kind in KINDS:
-            size = count if part == "train" else 14
+            size = count if part == "train" else HELD_OUT
             rows = list(rows_of(kind, size, seed))
             if rows:
                 path = out / "rows" / f"{kind}_{part}.parquet"
@@ -163,7 +159,7 @@ def named_rightly(model, processor, path: str) -> float:
 
     from medgpt.data.collator import collate
     from medgpt.data.packing import encode
-    from medgpt.data.rows import Rows
+    from medgpt.data.reader import Rows
 
     rows, names = Rows(path), [what for _, what in PICTURES.values()]
     right = 0
@@ -179,90 +175,69 @@ def named_rightly(model, processor, path: str) -> float:
     return right / len(rows)
 
 
-def curves(out: Path, stages: dict[int, list[dict]]) -> Path:
-    """The logged losses of the stages, side by side, as an SVG."""
-    width, height, edge = 300, 220, 40
-    highest = max(e["loss"] for log in stages.values() for e in log)
-    colors = {
-        "loss": "#222",
-        "loss/captions": "#1b7",
-        "loss/reports": "#26c",
-        "loss/questions": "#c42",
-    }
-    parts = []
-    for column, (number, log) in enumerate(stages.items()):
-        left, last = edge + column * (width + edge), max(e["step"] for e in log)
-        parts.append(f'<text x="{left}" y="16">stage {number}, {last} steps</text>')
-        parts.append(
-            f'<rect x="{left}" y="24" width="{width}" height="{height}" fill="none" stroke="#999"/>'
-        )
-        for name, color in colors.items():
-            points = " ".join(
-                f"{left + width * e['step'] / last:.1f},{24 + height * (1 - e[name] / highest):.1f}"
-                for e in log
-                if name in e
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
-    for i, (name, color) in enumerate(colors.items()):
-        x, y = edge + 110 * i, height + 46
-        parts.append(f'<text x="{x}" y="{y}" fill="{color}">{name}</text>')
-    parts.append(f'<text x="4" y="34">{highest:.1f}</text><text x="4" y="{24 + height}">0</text>')
-    size = f'width="{edge + 3 * (width + edge)}" height="{height + 60}"'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">{"".join(parts)}</svg>\n'
-    path = out / "curves.svg"
-    path.write_text(svg)
-    return path
-
-
 def log_of(stage_dir: Path) -> list[dict]:
-    """What the newest checkpoint's trainer logged."""
-    newest = max(stage_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return json.loads((stage_dir / "trainer_state.json").read_text())["log_history"]
+
+
+def run_on(out: Path, train: dict[str, str], epochs: int):
+    """A tiny model and the three stages over it, as a run's file would say it."""
+    import torch
+
+    from medgpt import MedGPTConfig, checkpoint
+    from medgpt.train.run import run_of
+    from medgpt.train.stages import STAGES
+
+    tiny = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
+    made = checkpoint.create(
+        tiny, out / "model", dtype=torch.float32, overwrite=True, progress=False
+    )
+    entries = {"model": str(made), "output": str(out), "dtype": "float32", "device": "cpu"}
+    entries |= {"workers": 0, "logging_steps": 1, "save_steps": 10_000}
+    entries["tensorboard"] = importlib.util.find_spec("tensorboard") is not None
+    for number, kinds in MIXES.items():
+        entries[f"stage{number}"] = {
+            "mix": {train[kind]: 1 for kind in kinds if kind in train},
+            "learning_rates": dict.fromkeys(STAGES[number].learning_rates, 1e-3),
+            "length": LENGTH,
+            "packs_per_step": 1,
+            "epochs": 2 if number == 1 else epochs,
+            "betas": (0.9, 0.98),
+        }
+    return run_of(entries)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rows", type=int, default=84, help="of each kind")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=140, help="of each kind")
+    parser.add_argument("--epochs", type=int, default=4, help="of stages 2 and 3")
     options = parser.parse_args()
 
-    import torch
     from transformers.utils import logging
 
-    from medgpt import MedGPTConfig, checkpoint
-    from medgpt.train.run import run_of, train_stage
+    from medgpt.train.curves import draw_curves
+    from medgpt.train.run import train_stage
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     start, out = time.perf_counter(), options.out
+    for number in MIXES:
+        shutil.rmtree(out / f"stage{number}", ignore_errors=True)  # of an earlier demo
     paths = write(out, options.rows)
     train, held_out = paths["train"], paths["held_out"]
-    tiny = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
-    made = checkpoint.create(
-        tiny, out / "model", dtype=torch.float32, overwrite=True, progress=False
-    )
-    mixes = {1: ("captions",), 2: ("captions", "reports"), 3: ("questions", "reports")}
-    shared = {"length": LENGTH, "packs_per_step": 1, "epochs": options.epochs}
-    run = run_of(
-        {"model": str(made), "output": str(out), "dtype": "float32", "device": "cpu", "workers": 0}
-        | {"logging_steps": 1, "save_steps": 10_000}
-        | {
-            f"stage{n}": shared
-            | {"mix": {train[k]: 1 for k in kinds if k in train}, "learning_rates": RATES[n]}
-            for n, kinds in mixes.items()
-        }
-    )
+    if "reports" not in train:
+        print("no reports: pip install --no-deps torchxrayvision")
+    run = run_on(out, train, options.epochs)
     print(f"{'held out':<12}" + "".join(f"{k:>12}" for k in (*held_out, "named")))
-    logs = {}
-    for number in (0, 1, 2, 3):
+    made, logs = run.model, {}
+    for number in (0, *MIXES):
         if number:
             made = train_stage(run, number, made)
-            logs[number] = log_of(out / f"stage{number}")
+            logs[f"stage {number}: {', '.join(MIXES[number])}"] = log_of(out / f"stage{number}")
         found = evaluate(made, held_out)
         label = f"stage {number}" if number else "before"
         print(f"{label:<12}" + "".join(f"{v:>12.3f}" for v in found.values()), flush=True)
-    print(curves(out, logs))
+    print(draw_curves(out / "curves.svg", logs))
     print(f"{time.perf_counter() - start:.0f} s")
 
 

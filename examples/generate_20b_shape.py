@@ -20,6 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTo
 
 from medgpt_kernels import roofline
 from medgpt_kernels.integrations.gpt_oss import FusedGptOssAttention
+from medgpt_kernels.integrations.int8 import Int8Linear
 from medgpt_kernels.integrations.packed import PackedExperts
 from medgpt_kernels.integrations.paged_cache import PagedCache
 from medgpt_kernels.integrations.transformers import patch, register
@@ -66,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=256, help="length of the random prompt")
     add("--tokens", type=int, default=32, help="to generate, and again with a clock on every op")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but experts")
+    add("--projections", choices=("int8",), help="these and the head in 8 bits, not in --dtype")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=None, help="default: what torch takes")
     add("--tiny", action="store_true", help="hidden 128 and 1,000 words, to try it out")
@@ -80,9 +82,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 class Weights:
     """Random weights, made fast: bytes for experts, one block of normal values for the rest."""
 
-    def __init__(self, seed: int, dtype: torch.dtype):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.normal = (torch.randn(1 << 20, generator=self.generator) * 0.02).to(dtype)
+    def __init__(self, seed: int, dtype: torch.dtype, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        normal = torch.randn(1 << 20, generator=self.generator, device=self.device)
+        self.normal = (normal * 0.02).to(dtype)
 
     def bytes(self, out: torch.Tensor) -> torch.Tensor:
         out.view(-1).view(torch.int64).random_(-(2**63), None, generator=self.generator)
@@ -90,15 +94,16 @@ class Weights:
 
     def parameter(self, like: torch.Tensor, name: str) -> torch.nn.Parameter:
         if name.endswith("norm.weight"):
-            return torch.nn.Parameter(torch.ones(like.shape, dtype=self.normal.dtype))
-        made = torch.empty(like.shape, dtype=self.normal.dtype)
+            return torch.nn.Parameter(self.normal.new_ones(like.shape))
+        made = self.normal.new_empty(like.shape)
         for part in made.view(-1).split(len(self.normal)):
             part.copy_(self.normal[: len(part)])
         return torch.nn.Parameter(made)
 
     def experts(self, dense: torch.nn.Module) -> PackedExperts:
         """Values of fp4 times 2 ** -8 or 2 ** -7, about 0.02."""
-        packed = PackedExperts(dense)
+        with self.device:
+            packed = PackedExperts(dense)
         for blocks in (packed.gate_up_proj_blocks, packed.down_proj_blocks):
             self.bytes(blocks.data)
         for scales in (packed.gate_up_proj_scales, packed.down_proj_scales):
@@ -107,18 +112,18 @@ class Weights:
 
 
 @torch.no_grad()
-def build(config, dtype: torch.dtype, seed: int) -> torch.nn.Module:
-    """The patched model, made layer by layer: no experts are ever dense."""
+def build(config, dtype: torch.dtype, seed: int, projections: str | None = None, device="cpu"):
+    """The patched model, made layer by layer where it stays: no experts are ever dense."""
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM._from_config(config, dtype=dtype)
-    weights = Weights(seed, dtype)
+    weights = Weights(seed, dtype, device)
     for layer in tqdm(model.model.layers, desc="layers made", disable=None):
         layer.mlp.experts = weights.experts(layer.mlp.experts)
         fill(layer, weights)
     fill(model, weights)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     register()
-    patch(model, strict=True)
+    patch(model, strict=True, projections=projections)
     return model.eval().requires_grad_(False)
 
 
@@ -148,6 +153,7 @@ class Clock:
             PackedExperts: "experts",
             GptOssRMSNorm: "norms",
             torch.nn.Linear: "projections",
+            Int8Linear: "projections",
         }
         if module in (model, model.lm_head):
             return "rest" if module is model else "head"
@@ -213,9 +219,9 @@ def bytes_per_token(model, seen: int) -> dict[str, int]:
             1, k, k, hidden, inner, dtype=dtype, packed=True
         ).bytes
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, (torch.nn.Linear, Int8Linear)):
             op = "head" if module is model.lm_head else "projections"
-            moved[op] += sum(p.nbytes for p in module.parameters())
+            moved[op] += sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
         elif isinstance(module, GptOssRMSNorm):
             moved["norms"] += 3 * module.weight.nbytes
     return moved
@@ -244,8 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
         **(TINY if args.tiny else SHAPE), num_hidden_layers=args.layers, rope_parameters=YARN
     )
     start = time.perf_counter()
-    model = build(config, getattr(torch, args.dtype), args.seed)
-    size = sum(p.nbytes for p in model.parameters())
+    model = build(config, getattr(torch, args.dtype), args.seed, args.projections)
+    size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     print(f"{args.layers} layers, {size / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s")
     length = args.prompt_tokens + 2 * args.tokens
     cache = PagedCache(config, max_length=length)

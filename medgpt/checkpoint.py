@@ -188,8 +188,14 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
+    projections: str | None = None,
 ):
     """(model, processor) of a MedGPT checkpoint; MXFP4 experts stay packed.
+
+    Args:
+        dtype: of all but packed experts.
+        projections: "int8" rounds the language model's projections and head to 8 bits, for faster
+            answers on a CPU; see medgpt_kernels.integrations.transformers.patch.
 
     Raises:
         ValueError: no local directory, another model, tensors that are missing, unexpected or of
@@ -197,7 +203,7 @@ def load(
     """
     from medgpt.model import MedGPTForConditionalGeneration
     from medgpt.processor import MedGPTProcessor
-    from medgpt_kernels.integrations.transformers import load_mxfp4
+    from medgpt_kernels.integrations.transformers import load_mxfp4, patch
 
     directory = local_directory(directory, "load")
     config = read_config(directory)
@@ -214,6 +220,8 @@ def load(
         model = MedGPTForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True
         )
+    if projections is not None:
+        patch(model, projections=projections)
     return model.to(device).eval(), processor
 
 

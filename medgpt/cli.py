@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(printable(f"medgpt: {error}"), file=sys.stderr)
         return 2
     return 0
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _init_parser(commands.add_parser("init", help="compose a checkpoint, or make a tiny one"))
     _convert_parser(commands.add_parser("convert", help="from InternVL's names, or to them"))
@@ -88,6 +89,7 @@ def _answering(add) -> None:
     add("--reasoning", choices=EFFORTS, default="medium")
     add("--window", help="CT window of DICOM images, as lung, bone, brain")
     add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--projections", choices=("int8",), help="faster on a CPU: all but experts in 8 bits")
     add("--device", help="default: the GPU where there is one")
 
 
@@ -195,7 +197,8 @@ def load(args):
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without it: an assertion
             raise ValueError(f"expected a device of this machine, got {device!r}") from error
-        return checkpoint.load(args.directory, dtype=getattr(torch, args.dtype), device=device)
+        dtype, projections = getattr(torch, args.dtype), args.projections
+        return checkpoint.load(args.directory, dtype=dtype, device=device, projections=projections)
 
 
 def options(args) -> dict:

@@ -323,6 +323,8 @@ class MedGPTForConditionalGeneration(MedGPTPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(logits, labels, text.vocab_size, **kwargs, **count)
         else:
             _expect(labels is not None, "labels with return_logits=False", "none")
+            whole = isinstance(self.lm_head, LanguageHead)
+            _expect(whole, "a head that trains", type(self.lm_head).__name__)
             # the loss of the token before each label: labels move, not the wider hidden states
             loss, token_losses = self.lm_head(
                 hidden,

@@ -22,10 +22,13 @@ Parts = dict[str, tuple[Source, str]]  # our name: where it lies, under which na
 
 def expected_tensors(config: MedGPTConfig, packed: bool) -> dict[str, torch.Tensor]:
     """Every tensor of the model by name, on "meta"."""
+    from transformers.modeling_utils import set_zero3_state
+
     from medgpt.model import MedGPTForConditionalGeneration
     from medgpt_kernels.integrations.packed import pack_experts
 
-    with torch.device("meta"):
+    # under DeepSpeed transformers would cut up what is on "meta" too, and then initialise it
+    with torch.device("meta"), set_zero3_state():
         model = MedGPTForConditionalGeneration(copy.deepcopy(config))
     if packed:
         pack_experts(model)

@@ -7,6 +7,7 @@ arguments and configuration. Worker processes compile.
 
 import argparse
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
+
+from medgpt_kernels import static_model
 
 
 class Card(NamedTuple):
@@ -83,6 +86,7 @@ class Report(NamedTuple):
     occupancy: float  # of the warps that the card can hold
     instruction: str
     problems: tuple[str, ...]
+    static: static_model.Static | None = None  # where asked for, on NVIDIA's cards
 
 
 def record(
@@ -237,8 +241,8 @@ def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / card.warps
 
 
-def compile_kernel(kernel: AotKernel, card_name: str) -> Report:
-    """Compile for one card and judge the result."""
+def compile_kernel(kernel: AotKernel, card_name: str, static: bool = False) -> Report:
+    """Compile for one card and judge the result; static: with the bounds from its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -264,10 +268,17 @@ def compile_kernel(kernel: AotKernel, card_name: str) -> Report:
     if shared > card.block_shared:
         problems.append(f"{shared} bytes of shared memory, the card has {card.block_shared}")
     occupancy = _occupancy(card, warps, registers, shared)
+    bounds = None
+    if static and card.backend == "cuda":
+        bounds = static_model.of_cubin(kernel.name, card_name, compiled.asm["cubin"], warps)
     return Report(
         kernel.name, card_name, warps, registers, spilled, shared, occupancy, instruction,
-        tuple(problems),
+        tuple(problems), bounds,
     )  # fmt: skip
+
+
+def _ops() -> list[str]:
+    return sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
 
 
 def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
@@ -277,8 +288,7 @@ def kernels(modules: Iterable[str] | None = None) -> dict[str, AotKernel]:
         modules: which to ask for `aot_kernels`; default: the triton module of every op.
     """
     if modules is None:
-        folders = sorted(p.parent.name for p in Path(__file__).parent.glob("*/triton.py"))
-        modules = [f"medgpt_kernels.{op}.triton" for op in folders]
+        modules = [f"medgpt_kernels.{op}.triton" for op in _ops()]
     found, seen = {}, {}
     for module in modules:
         for kernel in importlib.import_module(module).aot_kernels():
@@ -310,11 +320,11 @@ def _list_job(modules: tuple[str, ...] | None) -> list[tuple[str, str, bool]]:
     return [(k.name, card, k.quick) for k in _listed[modules].values() for card in k.cards]
 
 
-def _compile_job(modules: tuple[str, ...] | None, name: str, card: str) -> Report:
+def _compile_job(modules: tuple[str, ...] | None, name: str, card: str, static: bool) -> Report:
     _list_job(modules)
     kernel = _listed[modules][name]
     try:
-        return compile_kernel(kernel, card)
+        return compile_kernel(kernel, card, static)
     except Exception as error:
         text = f"does not compile: {type(error).__name__}: {str(error).strip()[-400:]}"
         return Report(name, card, 0, 0, 0, 0, 0.0, "none", (text,))
@@ -323,8 +333,10 @@ def _compile_job(modules: tuple[str, ...] | None, name: str, card: str) -> Repor
 class Gate:
     """Compiles kernels in worker processes of its own; one that dies costs only its own kernel."""
 
-    def __init__(self, processes: int = 2, modules: tuple[str, ...] | None = None):
-        self.modules = modules
+    def __init__(
+        self, processes: int = 2, modules: tuple[str, ...] | None = None, static: bool = False
+    ):
+        self.modules, self.static = modules, static
         self._threads = ThreadPoolExecutor(processes)
         self._pools: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
         for _ in range(processes):
@@ -360,7 +372,7 @@ class Gate:
 
     def _compile(self, name: str, card: str) -> Report:
         try:
-            return self._in_worker(_compile_job, name, card)
+            return self._in_worker(_compile_job, name, card, self.static)
         except BrokenProcessPool:
             problem = ("the compiler's process died",)
             return Report(name, card, 0, 0, 0, 0, 0.0, "none", problem)
@@ -384,27 +396,46 @@ def table(reports: Iterable[Report]) -> str:
     return "\n".join(rows)
 
 
+def _wanted(options, name: str, card: str, quick: bool) -> bool:
+    """Whether the command line asks for this compilation."""
+    kept = all(part in name for part in options.k) and card in options.card
+    return kept and (quick or not options.quick)
+
+
+def _print_static(reports: list[Report], options) -> None:
+    """The bounds on kernels with a loop: matrix kernels, and those that only move data."""
+    statics = [r.static for r in reports if r.static]
+    if options.json:
+        Path(options.json).write_text(json.dumps([s._asdict() for s in statics], indent=1) + "\n")
+    print(static_model.markdown(statics) if options.markdown else static_model.table(statics))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Compile what is asked for and print the table; 1 where a kernel has a problem."""
+    """Compile what is asked for and print the tables; 1 where a kernel has a problem."""
     parser = argparse.ArgumentParser(prog="medgpt_kernels --aot", description=__doc__)
-    parser.add_argument("-k", default="", help="only kernels with this in their name")
+    parser.add_argument("-k", nargs="+", default=[], help="only kernels with all these in the name")
+    parser.add_argument("--op", choices=_ops(), help="only this op's kernels")
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--quick", action="store_true", help="only the bounded part")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", help="write the bounds from the machine code to this file")
+    parser.add_argument("--markdown", action="store_true", help="only the bounds, for docs/")
     options = parser.parse_args(argv)
-    gate = Gate(options.processes)
+    modules = (f"medgpt_kernels.{options.op}.triton",) if options.op else None
+    gate = Gate(options.processes, modules, static=True)
     try:
         waiting = [
             gate.submit(name, card)
             for name, card, quick in gate.jobs()
-            if options.k in name and card in options.card and (quick or not options.quick)
+            if _wanted(options, name, card, quick)
         ]
         reports = [w.result() for w in waiting]
     finally:
         gate.close()
-    print(table(reports))
     wrong = sum(bool(r.problems) for r in reports)
-    print(f"\n{len(reports)} compilations, {wrong} with problems")
+    if not options.markdown:
+        print(f"{table(reports)}\n\n{len(reports)} compilations, {wrong} with problems\n")
+    _print_static(reports, options)
     return int(wrong > 0)
 
 

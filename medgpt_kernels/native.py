@@ -1,5 +1,6 @@
 """The compiled modules: what this machine can run of them, and why not the rest."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -71,6 +72,7 @@ class _LongWay:
         return None
 
     decode_attention_direct = linear_direct = routing_direct
+    linear_int8_direct = decoder_layer_direct = routing_direct
 
 
 @functools.cache
@@ -82,7 +84,7 @@ def direct():
     """
     functorch = torch._C._functorch
     try:
-        facts = {str(dtype)[6:]: dtype for dtype in (*DTYPE_CODES, torch.int32)}
+        facts = {str(dtype)[6:]: dtype for dtype in (*DTYPE_CODES, torch.int32, torch.int8)}
         facts |= {
             "Tensor": torch.Tensor,
             "Parameter": torch.nn.Parameter,
@@ -103,6 +105,17 @@ def direct():
         return _bindings()
     except (Unsupported, AttributeError, RuntimeError):
         return _LongWay
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, its memory asked for in huge pages: before it is written to for the first time.
+
+    Weights that a decoding step streams through come a tenth faster (Linux; elsewhere nothing).
+    """
+    if tensor.device.type == "cpu":
+        with contextlib.suppress(Unsupported):
+            _bindings().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Inputs of a curation in the ways that other people store them, of real images and plain words."""
 
 import importlib.metadata
+import io
 import json
 import tarfile
 import xml.etree.ElementTree as ElementTree
@@ -34,6 +35,28 @@ REPORT = """                                 FINAL REPORT
 
 def dicom(name: str) -> Path:
     return _package_folder("pydicom-data", name) / name
+
+
+def dicom_without_pixels() -> bytes:
+    import pydicom
+
+    data = pydicom.dcmread(dicom("RG1_J2KR.dcm"))
+    del data.PixelData
+    out = io.BytesIO()
+    data.save_as(out)
+    return out.getvalue()
+
+
+def damage_row_group(path: Path, group: int) -> None:
+    """Turns bytes of a row group's messages around."""
+    import pyarrow.parquet as pq
+
+    column = pq.read_metadata(path).row_group(group).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    for place in range(start, start + column.total_compressed_size):
+        content[place] ^= 0x5A
+    path.write_bytes(content)
 
 
 def small(name: str, side: int = 320) -> np.ndarray:

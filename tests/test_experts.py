@@ -395,20 +395,27 @@ def test_kept_pre_activations_stay_on_their_side_of_the_limit(backend, limit):
 
 
 @triton_only
-@dtypes
-def test_every_byte_and_scale_decodes_as_the_reference(backend, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [(torch.float32, "WIDE"), (torch.float16, "WIDE"), (torch.bfloat16, "WIDE"),
+     (torch.bfloat16, "PAIRS")],
+)  # fmt: skip
+def test_every_byte_and_scale_decodes_as_the_reference(backend, dtype, way):
     """All 256 bytes under scales at both ends and between, bit for bit."""
     import triton
     import triton.language as tl
 
-    from medgpt_kernels.experts.triton_gemm import _unpack
+    from medgpt_kernels.experts import triton_unpack
 
     @triton.jit
-    def decode(Out, Blocks, Scales, rows: tl.constexpr, DTYPE: tl.constexpr, UNPACK: tl.constexpr):
+    def decode(
+        Out, Blocks, Scales, rows: tl.constexpr, DTYPE: tl.constexpr, WAY: tl.constexpr,
+        UNPACK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.arange(0, rows)
         block = tl.arange(0, 16)
         mask = (row < rows)[:, None] & (block < 16)[None, :]
-        values = UNPACK(Blocks, Scales, row, block, mask, 256, 16, DTYPE)
+        values = UNPACK(Blocks, Scales, row, block, mask, 256, 16, DTYPE, WAY)
         tl.store(Out + row[:, None] * 512 + tl.arange(0, 512)[None, :], values)
 
     scales = torch.tensor([0, 1, 2, 3, 23, 100, 111, 127, 128, 140, 200, 251, 252, 253, 254, 255])
@@ -416,7 +423,10 @@ def test_every_byte_and_scale_decodes_as_the_reference(backend, dtype):
     scales = scales.to(torch.uint8)[:, None].expand(16, 16).contiguous()
     found = torch.empty(16, 512, dtype=dtype)
     width = getattr(tl, str(dtype).split(".")[1])
-    decode[(1,)](found, blocks, scales, rows=16, DTYPE=width, UNPACK=_unpack)
+    decode[(1,)](
+        found, blocks, scales, rows=16, DTYPE=width, WAY=getattr(triton_unpack, way),
+        UNPACK=triton_unpack.unpack,
+    )  # fmt: skip
     expected = Mxfp4Tensor(blocks, scales).dequantize(dtype)
     assert torch.equal(found.isnan(), expected.isnan())
     keep = ~expected.isnan()

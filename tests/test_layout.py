@@ -22,6 +22,9 @@ SHARED_NATIVE = {
         "dispatch.h",
         "dot.h",
         "linear.cpp",
+        "linear_int8.h",
+        "linear_int8.cpp",
+        "decoder_layer.cpp",
         "fp8.h",
         "vmath.h",
         "grouped_gemm.h",
@@ -64,6 +67,43 @@ def test_native_sources_belong_to_an_op(device):
     for path in (ROOT / "csrc" / device).iterdir():
         stem = re.sub(r"_(fwd|bwd)$", "", path.stem)
         assert stem in OPS or path.name in SHARED_NATIVE[device], path
+
+
+HEADINGS = {"Maths", "Memory traffic", "Design", "Limits", "Proof"}
+
+
+def missing_headings(page: str) -> set[str]:
+    return HEADINGS - set(re.findall(r"^## (.+)$", page, re.M))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_its_page(op):
+    page = (ROOT / "docs" / f"{op}.md").read_text()
+    assert not missing_headings(page)
+    assert missing_headings(page.replace("## Limits", "## Bounds")) == {"Limits"}
+    assert f"]({op}.md)" in (ROOT / "docs" / "README.md").read_text()
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative links of a page to files that are not there."""
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    files = (link.split("#")[0] for link in links if not link.startswith(("http", "#")))
+    return [link for link in files if not (path.parent / link).exists()]
+
+
+def test_links_lead_somewhere():
+    for path in tracked("*.md"):
+        assert not broken_links(path, path.read_text()), path
+    assert broken_links(ROOT / "README.md", "[a](docs/absent.md)") == ["docs/absent.md"]
+
+
+def test_make_has_what_it_names():
+    text = (ROOT / "Makefile").read_text()
+    rules = set(re.findall(r"^([\w-]+):", text, re.M))
+    assert set(re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split()) == rules
+    for path in tracked("*.md"):
+        named = set(re.findall(r"`make ([\w-]+)", path.read_text()))
+        assert named <= rules, (path, named - rules)
 
 
 def test_no_torch_in_native_code():

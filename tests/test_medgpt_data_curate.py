@@ -21,7 +21,9 @@ from data_material import (
     US_WITH_TEXT,
     caption_set,
     crop,
+    damage_row_group,
     dicom,
+    dicom_without_pixels,
     llava_set,
     small,
     study_set,
@@ -34,7 +36,8 @@ from medgpt.data.config import Curation, read_config
 from medgpt.data.curate import curate, remove_work
 from medgpt.data.decontaminate import Contamination
 from medgpt.data.inspector import Inspector
-from medgpt.data.rows import Rows, write_rows
+from medgpt.data.reader import Rows
+from medgpt.data.rows import write_rows
 from medgpt.images import load_image
 
 ROOT = Path(__file__).parent.parent
@@ -152,16 +155,6 @@ def test_studies_of_dicom_take_view_and_identifiers_from_the_header(tmp_path):
     assert np.array_equal(shown, load_image(dicom("RG1_J2KR.dcm")))
 
 
-def dicom_without_pixels() -> bytes:
-    import pydicom
-
-    data = pydicom.dcmread(dicom("RG1_J2KR.dcm"))
-    del data.PixelData
-    out = io.BytesIO()
-    data.save_as(out)
-    return out.getvalue()
-
-
 def corrupt_set(folder: Path) -> list[dict]:
     """Sources with one input each of every kind of damage among good ones."""
     folder.mkdir()
@@ -222,16 +215,6 @@ def corrupt_set(folder: Path) -> list[dict]:
         {"name": "rows", "kind": "rows", "path": str(folder / "rows.parquet")},
         {"name": "more", "kind": "rows", "path": str(folder / "more")},
     ]
-
-
-def damage_row_group(path: Path, group: int) -> None:
-    """Turns bytes of a row group's messages around."""
-    column = pq.read_metadata(path).row_group(group).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    for place in range(start, start + column.total_compressed_size):
-        content[place] ^= 0x5A
-    path.write_bytes(content)
 
 
 def test_corrupt_inputs_are_counted_and_nothing_else_is_lost(tmp_path):

@@ -1,6 +1,7 @@
 """Panels, letters, captions, duplicates and benchmarks: each finds its own and nothing else."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from medgpt.data.captions import caption_fault
 from medgpt.data.decontaminate import COMMON, Contamination
 from medgpt.data.dedup import Duplicates
-from medgpt.data.features import features, hamming, image_hash, minhash, words
+from medgpt.data.features import Features, features, hamming, image_hash, minhash, words
 from medgpt.data.glyphs import letters, text_lines
 from medgpt.data.panels import is_screenshot, names_panels, panel_count
 from medgpt.images import load_image
@@ -157,6 +158,34 @@ def test_duplicates_by_image_alone():
         )
     ]
     assert faults == [None, "near_duplicate", None, "duplicate", None, "duplicate"]
+
+
+def synthetic(rng: np.random.Generator, images: int) -> Features:
+    minhash = rng.integers(0, 2**32, 128, dtype=np.uint32).tobytes()
+    return Features(rng.bytes(16), rng.bytes(16), minhash, rng.bytes(32 * images))
+
+
+def test_a_needle_among_many_is_found_in_little_memory(tmp_path):
+    rng, found = np.random.default_rng(0), Duplicates(path=tmp_path / "index")
+    rows = [synthetic(rng, n % 2) for n in range(4000)]
+    tracemalloc.start()
+    assert all(found.fault(row) is None for row in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * len(rows)  # of Python's; one row's features are 600 bytes
+    assert (tmp_path / "index").stat().st_size < 3000 * len(rows)
+    for number in (1234, 1235):
+        near = rows[number]._replace(text=rng.bytes(16), images=rng.bytes(16))
+        assert found.fault(near) == "near_duplicate"
+        far = near._replace(text=rng.bytes(16), minhash=rng.bytes(512))
+        assert found.fault(far) is None
+    bits = np.unpackbits(np.frombuffer(rows[11].hashes, np.uint8))
+    for count, expected in ((16, "near_duplicate"), (17, None)):
+        turned = bits.copy()
+        turned[rng.permutation(256)[:count]] ^= 1
+        near = rows[11]._replace(images=rng.bytes(16), hashes=np.packbits(turned).tobytes())
+        assert found.fault(near) == expected
+    found.close()
 
 
 def test_minhash_is_near_the_jaccard_similarity():

@@ -19,6 +19,7 @@ from medgpt_parts import (
 from medgpt import NOTICE
 from medgpt.checkpoint import load
 from medgpt.generate import ChannelStreamer, generate
+from medgpt_kernels.integrations.int8 import Int8Linear
 
 KEYS = [
     "research_use_only",
@@ -110,6 +111,17 @@ def test_greedy_is_the_models_own(loaded):
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     expected = processor.parse(ids[0, inputs["input_ids"].shape[1] :].tolist())
     assert answer(loaded, max_new_tokens=20)["analysis"] == expected["analysis"]
+
+
+def test_projections_in_8_bits():
+    model, processor = load(trained_checkpoint(), dtype=torch.bfloat16, projections="int8")
+    attention = model.model.language_model.layers[0].self_attn
+    assert type(model.lm_head) is type(attention.q_proj) is Int8Linear
+    found = answer((model, processor))
+    assert (found["final"], found["analysis"]) == (ANSWER, THOUGHT)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="expected a head that trains, got Int8Linear"):
+        model(input_ids=ids, labels=ids, return_logits=False)
 
 
 def test_sampling_by_its_seed(loaded):

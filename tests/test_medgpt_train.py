@@ -32,7 +32,8 @@ def _one_thread():
 
 
 def trainer(out, number=2, *, packs=None, model=None, stage=None, **options):
-    from medgpt.train.trainer import MedGPTTrainer, training_arguments
+    from medgpt.train.arguments import training_arguments
+    from medgpt.train.trainer import MedGPTTrainer
 
     rates = dict.fromkeys(STAGES[number].learning_rates, 1e-3)
     stage = stage_of(number, learning_rates=rates, **{**FAST, **(stage or {})})
@@ -80,7 +81,7 @@ def test_what_is_logged(tmp_path):
 
 
 def test_the_loss_is_the_mean_over_packs_and_accumulation(tmp_path):
-    from medgpt.train.trainer import Packs
+    from medgpt.train.packs import Packs
 
     packs, model = SyntheticPacks(4), tiny()
     run = trainer(tmp_path, packs=packs, model=model, stage={"packs_per_step": 4})

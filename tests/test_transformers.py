@@ -603,7 +603,7 @@ def test_patch_reports_and_changes_no_state():
             ("mlp.router", "FusedGptOssRouter"),
             *((f"self_attn.{p}_proj", "FewRowsLinear") for p in "qkvo"),
         )
-    } | {"lm_head": "FewRowsLinear"}
+    } | {"lm_head": "FewRowsLinear"} | {f"model.layers.{n}": "FusedGptOssLayer" for n in range(4)}
     assert integration.patch(model) == {}
     assert integration.patch(model, strict=True) == {}
     after = model.state_dict()
@@ -659,7 +659,7 @@ def test_patch_finds_gpt_oss_inside_a_vision_language_model():
     pixels = torch.randn(1, 3, 32, 32)
     expected = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
     report = integration.patch(model)
-    assert len(report) == 25  # attention, routers, four projections a layer, and the head
+    assert len(report) == 29  # layers, attention, routers, four projections each, and the head
     assert config.get_text_config()._attn_implementation == "medgpt_kernels"
     torch.testing.assert_close(
         model(input_ids=ids, pixel_values=pixels, use_cache=False).logits, expected

@@ -77,7 +77,12 @@ def test_patched_gpt_oss_with_auxiliary_loss():
     model = language_model("gpt_oss")
     mine = copy.deepcopy(model)
     replaced = integration.patch(mine, strict=True)
-    assert set(replaced.values()) == {"FusedGptOssAttention", "FusedGptOssRouter", "FewRowsLinear"}
+    assert set(replaced.values()) == {
+        "FusedGptOssLayer",
+        "FusedGptOssAttention",
+        "FusedGptOssRouter",
+        "FewRowsLinear",
+    }
     ids = tokens(2, 19)
     found, expected = (
         m(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False)

@@ -67,6 +67,9 @@ class SyntheticPacks:
     def sources(self, index: int) -> list[str]:
         return [SOURCES[(index + i) % 2] for i in range(3)]
 
+    def read(self, index: int) -> tuple[dict, list[str], list]:
+        return self[index], self.sources(index), []
+
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.count:
             raise IndexError(index)
@@ -101,3 +104,20 @@ class SyntheticPacks:
             "max_length_k": int(lengths.max()),
             "loss_weights": torch.from_numpy(weights)[None],
         }
+
+
+def small() -> MedGPTConfig:
+    """26 million values, nearly all of them of the real vocabulary."""
+    found = MedGPTConfig.tiny(tile_size=112, max_tiles=1)
+    text = found.text_config
+    text.hidden_size, text.num_hidden_layers, text.intermediate_size = 64, 2, 64
+    text.layer_types = text.layer_types[:2]
+    return found
+
+
+def checkpoint_of(folder, seed: int = 0):
+    """A checkpoint of small()."""
+    from medgpt import checkpoint
+
+    torch.manual_seed(seed)
+    return checkpoint.create(small(), folder / "model", dtype=torch.float32, progress=False)

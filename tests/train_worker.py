@@ -18,8 +18,10 @@ from safetensors.torch import load_file  # noqa: E402
 from train_packs import SyntheticPacks  # noqa: E402
 
 from medgpt import MedGPTForConditionalGeneration  # noqa: E402
+from medgpt.train.arguments import training_arguments  # noqa: E402
+from medgpt.train.run import CONFIGS  # noqa: E402
 from medgpt.train.stages import PARTS, stage_of  # noqa: E402
-from medgpt.train.trainer import CONFIGS, MedGPTTrainer, training_arguments  # noqa: E402
+from medgpt.train.trainer import MedGPTTrainer  # noqa: E402
 
 
 class Recorded(MedGPTTrainer):

@@ -183,6 +183,40 @@ struct Linear {
 };
 void linear(const Linear&);
 
+// The same with a weight of whole blocks of 32 bytes: values [N, K], scales [N, K / 32] in fp16
+struct Int8Weight {
+  const int8_t* values;
+  const void* scales;
+};
+struct LinearInt8 {
+  DType dtype;  // of x, bias, y
+  int64_t tokens, in, out;
+  const void* x;
+  Int8Weight weight;
+  const void* bias;
+  void* y;
+};
+void linear_int8(const LinearInt8&);
+
+// One layer of a decoding step: norms, projections, attention over the cache, router, experts.
+struct Projection {
+  const void *weight, *scales, *bias;  // scales null: a dense weight in the layer's dtype
+};
+struct DecoderLayer {
+  const void* x;  // [T, H]
+  const void *input_norm, *post_norm;
+  float epsilon;
+  Projection q, k, v, o;
+  DecodeProblem attention;  // T = batches * tokens
+  void *k_cache, *v_cache;
+  Strides k_cache_strides, v_cache_strides;
+  const void* router_weight;  // [E, H]
+  const float* router_bias;
+  ExpertsProblem experts;  // without what routing gives
+  void* y;                 // [T, H]
+};
+void decoder_layer(const DecoderLayer&);
+
 // count blocks of 32 values, contiguous: 16 bytes and a scale each
 void mxfp4_quantize(DType dtype, const void* in, int64_t count, uint8_t* blocks, uint8_t* scales);
 void mxfp4_dequantize(DType dtype, const uint8_t* blocks, const uint8_t* scales, int64_t count,
@@ -213,6 +247,8 @@ struct CpuKernels {
   decltype(&::routing_bwd) routing_bwd;
   decltype(&::routing_logits_bwd) routing_logits_bwd;
   decltype(&::linear) linear;
+  decltype(&::linear_int8) linear_int8;
+  decltype(&::decoder_layer) decoder_layer;
   decltype(&::mxfp4_quantize) mxfp4_quantize;
   decltype(&::mxfp4_dequantize) mxfp4_dequantize;
 };

@@ -13,7 +13,8 @@ PERMUTATIONS, SCHEME = 128, "affine32"  # of datasketch 2
 SHINGLE = 3  # words
 HASH_SIDE = 16  # 256 bits
 BITS = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-WORDS = re.compile(r"\w+(?:[.,]\d+)*")
+# Chinese has no spaces: each of its characters is a word
+WORDS = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+(?:[.,]\d+)*")
 
 
 class Features(NamedTuple):
@@ -27,7 +28,7 @@ class Features(NamedTuple):
 
 def words(text: str) -> list[str]:
     """Words and numbers of a text, in small letters."""
-    return WORDS.findall(unicodedata.normalize("NFKC", text).lower())
+    return WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def said(row: dict) -> list[str]:

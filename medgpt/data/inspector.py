@@ -13,7 +13,8 @@ from .glyphs import letters
 from .panels import is_screenshot, names_panels, panel_count
 from .phi import deidentify
 from .pictures import Picture, read_picture
-from .rows import RowError, checked, image_sources, texts
+from .reader import image_sources
+from .rows import RowError, checked, texts
 
 OVERLAID = 12  # letters
 BURNED_IN = 4

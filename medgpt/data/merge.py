@@ -83,8 +83,12 @@ def merge(config: Curation, folder: Path, count: int, output: Path, *, progress:
     from tqdm import tqdm
 
     ledger = Ledger([source.name for source in config.sources])
+    index = folder / "duplicates.tmp"
     duplicates = Duplicates(
-        mode=config.duplicates, near_text=config.near_text, near_image=config.near_image
+        mode=config.duplicates,
+        near_text=config.near_text,
+        near_image=config.near_image,
+        path=index,
     )
     statistics, hits = Statistics(config.examples), {}
     shards = Shards(output, config.shard_rows)
@@ -116,6 +120,8 @@ def merge(config: Curation, folder: Path, count: int, output: Path, *, progress:
                 ledger.kept[row["source"]] += 1
                 statistics.add_row(row, tokens)
                 shards.write(row)
+    duplicates.close()
+    index.unlink()
     report = {**ledger.close(), **statistics.as_dict()}
     shards.publish()
     os.replace(temporary, dropped_path)

@@ -5,10 +5,13 @@ Dims: S tokens of a pack, N tiles.
 
 import numpy as np
 
+from ..images import ImageError, load_image
 from .collator import Document, blank_image, collate
 from .ffd import WINDOW_PACKS, plan_packs
-from .lengths import row_lengths
-from .rows import Rows, image_sources
+from .lengths import reasons, row_lengths
+from .pictures import image_fault
+from .reader import BROKEN, Rows, image_sources
+from .rows import RowError
 
 BLANK_TOKENS = 3
 
@@ -21,18 +24,22 @@ def encode(row: dict, processor, folder, **render_kwargs) -> Document:
         render_kwargs: of medgpt.chat.render: reasoning_effort, system_prompt, ...
 
     Raises:
-        ValueError: an image that cannot be read, with the row's id and no text of it.
+        RowError: an image that cannot be read, with the reason.
+        ValueError: what the processor refuses, with the row's id and no text of it.
     """
+    sources = image_sources(row, folder)
     try:
         found = processor.apply_chat_template(
             row["messages"],
-            images=image_sources(row, folder),
+            images=sources,
             add_generation_prompt=False,
             return_assistant_tokens_mask=True,
             padding=False,
             **render_kwargs,
         )
     except ValueError as error:
+        if isinstance(error, ImageError):
+            raise RowError(next(filter(None, map(_fault, sources)), "unreadable_image")) from None
         raise ValueError(f"row {row['id']}: {error}") from None
     ids = np.asarray(found["input_ids"][0], np.int64)
     targets = np.asarray(found["assistant_masks"][0], bool)
@@ -41,12 +48,21 @@ def encode(row: dict, processor, folder, **render_kwargs) -> Document:
     return Document(ids, targets, found["pixel_values"], found["image_sizes"])
 
 
+def _fault(source) -> str | None:
+    try:
+        load_image(source)
+    except ImageError:
+        return image_fault(source)
+    return None
+
+
 class PackedDataset:
     """Map-style over packs: `dataset[i]` is the collated pack i of the epoch, ready for forward.
 
     A pack is one row of documents, at most `length` tokens with their images' tokens, filled by
     first-fit-decreasing; see collate for its entries. What a pack holds depends on the rows, seed
-    and epoch alone: never on workers, ranks or earlier reads.
+    and epoch alone: never on workers, ranks or earlier reads. A row that cannot be trained on is in
+    no pack; one whose image turns out broken when it is decoded is left out of its pack.
 
     Args:
         rows_path: a parquet file of rows, a folder of them, or a list of either; a path twice in
@@ -64,11 +80,12 @@ class PackedDataset:
         render_kwargs: of medgpt.chat.render.
 
     Attributes:
-        lengths: int32 [rows], tokens; 0: nothing to learn.
-        skipped: {"too_long", "no_target"}: rows that are in no pack.
+        lengths: int32 [rows], tokens; 0: nothing to learn; below 0: see lengths.REASONS.
+        skipped: rows that are in no pack, by reason: too_long, no_target, and those of REASONS;
+            a file without a footer counts as one.
 
     Raises:
-        ValueError: no rows that fit; `dataset[i]`: a row that cannot be read any more.
+        ValueError: no rows that fit; `dataset[i]`: a row that is not as it was counted.
     """
 
     def __init__(
@@ -86,7 +103,9 @@ class PackedDataset:
         window_packs: int = WINDOW_PACKS,
         **render_kwargs,
     ):
-        self.rows, self.processor = Rows(rows_path), processor
+        self.rows, self.processor = Rows(rows_path, skip_broken=True), processor
+        if not self.rows.files:
+            raise ValueError(f"packing: expected parquet files, got broken ones in {rows_path}")
         self.length, self.seed, self.window_packs = length, seed, window_packs
         self.weighting, self.pad, self.blank = weighting, pad, blank
         self.render_kwargs = render_kwargs
@@ -95,9 +114,14 @@ class PackedDataset:
         self.skipped = {
             "too_long": int((self.lengths > self.capacity).sum()),
             "no_target": int((self.lengths == 0).sum()),
+            **reasons(self.lengths),
         }
-        if sum(self.skipped.values()) == len(self.lengths):
-            raise ValueError(f"packing: expected rows of at most {length} tokens, got none")
+        if self.rows.broken:
+            self.skipped[BROKEN] = self.skipped.get(BROKEN, 0) + len(self.rows.broken)
+        if not ((self.lengths > 0) & (self.lengths <= self.capacity)).any():
+            raise ValueError(
+                f"packing: expected rows of at most {length} tokens, got none: {self.skipped}"
+            )
         self.epoch = -1
         self.set_epoch(epoch)
 
@@ -136,7 +160,25 @@ class PackedDataset:
 
     def __getitem__(self, index) -> dict:
         """Pack `index`, or (epoch, index) of a PackSampler."""
-        documents = [self._document(int(number)) for number in self.members(index)]
+        return self.read(index)[0]
+
+    def read(self, index) -> tuple[dict, list[str], list[tuple[str, str]]]:
+        """(the pack, the source of each of its documents, (row, reason) of those left out)."""
+        documents, sources, left_out = [], [], []
+        for number in self.members(index).tolist():
+            try:
+                row = self.rows[number]
+                documents.append(self._document(number, row))
+                sources.append(row["source"])
+            except RowError as error:
+                name = self.rows.name(number) if error.reason == BROKEN else row["id"]
+                left_out.append((name, error.reason))
+        if not documents:  # a token without a target, so that the step has its pack
+            ids = np.array([self.processor.tokenizer.pad_token_id], np.int64)
+            documents.append(Document(ids, np.zeros(1, bool)))
+        return self._collated(documents), sources, left_out
+
+    def _collated(self, documents: list[Document]) -> dict:
         if self.blank and not any(len(d.image_sizes) for d in documents):
             unit = self.processor.image_processor.unit
             documents.append(blank_image(unit, self.processor.image_ids))
@@ -147,8 +189,8 @@ class PackedDataset:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def _document(self, number: int) -> Document:
-        row = self.rows[number]
+    def _document(self, number: int, row: dict | None = None) -> Document:
+        row = self.rows[number] if row is None else row
         document = encode(row, self.processor, self.rows.folder(number), **self.render_kwargs)
         if len(document.input_ids) != self.lengths[number]:
             raise ValueError(

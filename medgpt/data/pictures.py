@@ -55,6 +55,17 @@ def _size(content: bytes) -> tuple[int, int] | None:
         raise RowError("unreadable_image") from None
 
 
+def image_fault(source: bytes | Path) -> str:
+    """Why load_image does not take an image that it refused."""
+    try:
+        read_picture(source, max_pixels=2**40, min_side=1, clean=False)
+    except RowError as error:
+        return error.reason
+    except Exception:  # of a decoder; what it says may quote the header
+        return "unreadable_image"
+    return "unreadable_image"
+
+
 def read_picture(
     source: bytes | Path, *, max_pixels: int, min_side: int, clean: bool = True
 ) -> Picture:

@@ -1,4 +1,4 @@
-"""Rows of images and conversations as parquet, checked on the way in, read one by one or at random.
+"""Rows of images and conversations as parquet, checked on the way in (reader.py reads them).
 
 A row: {id, source, license, images: [{bytes | path, height, width}], messages: [{role, channel,
 thinking, content: [{type: "image"} | {type: "text", text}]}], meta}. An image holds the bytes of
@@ -8,15 +8,12 @@ load_image returns it. Parquet keeps meta as JSON.
 
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 ROLES = ("system", "developer", "user", "assistant")
 CHANNELS = (None, "analysis", "final")
 GROUP_ROWS, GROUP_BYTES = 64, 4 << 20  # a row group: what one read at random costs
-CACHED_GROUPS = 8
 
 
 class RowError(ValueError):
@@ -209,99 +206,3 @@ def write_rows(path: str | os.PathLike, rows) -> int:
         for row in rows:
             writer.write(checked(row))
     return writer.count
-
-
-def row_files(paths) -> list[Path]:
-    """The parquet files of one path or several; of a folder all *.parquet, by name."""
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not found or not all(file.is_file() for file in found):
-            raise ValueError(f"rows: expected parquet files, got none at {path}")
-        files += found
-    if not files:
-        raise ValueError("rows: expected parquet files, got no path")
-    return files
-
-
-class Rows(Sequence):
-    """Files of rows as one sequence, read at random a row group at a time.
-
-    Open files stay in the process that opened them: it can be sent to workers.
-    """
-
-    def __init__(self, paths):
-        import pyarrow.parquet as pq
-
-        self.files = row_files(paths)
-        self.groups: list[tuple[int, int, int]] = []  # file, row group, first row
-        self.count = 0
-        for number, file in enumerate(self.files):
-            metadata = pq.read_metadata(file)
-            for group in range(metadata.num_row_groups):
-                self.groups.append((number, group, self.count))
-                self.count += metadata.row_group(group).num_rows
-        self._reset()
-
-    def _reset(self) -> None:
-        self._open: dict = {}
-        self._cached: OrderedDict = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_cached")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        return self.count
-
-    def _table(self, index: int):
-        import pyarrow.parquet as pq
-
-        if index in self._cached:
-            self._cached.move_to_end(index)
-            return self._cached[index]
-        number, group, _ = self.groups[index]
-        if number not in self._open:
-            self._open[number] = pq.ParquetFile(self.files[number], memory_map=True)
-        table = self._open[number].read_row_group(group)
-        self._cached[index] = table
-        if len(self._cached) > CACHED_GROUPS:
-            self._cached.popitem(last=False)
-        return table
-
-    def __getitem__(self, index: int) -> dict:
-        from bisect import bisect_right
-
-        if not -self.count <= index < self.count:
-            raise IndexError(f"rows: expected an index below {self.count}, got {index}")
-        index %= self.count
-        place = bisect_right(self.groups, index, key=lambda group: group[2]) - 1
-        record = self._table(place).slice(index - self.groups[place][2], 1).to_pylist()[0]
-        return from_record(record)
-
-    def folder(self, index: int) -> Path:
-        """Where the paths of that row's images start."""
-        from bisect import bisect_right
-
-        place = bisect_right(self.groups, index, key=lambda group: group[2]) - 1
-        return self.files[self.groups[place][0]].parent
-
-    def __iter__(self) -> Iterator[dict]:
-        return (self[index] for index in range(self.count))
-
-
-def image_sources(row: dict, folder: str | os.PathLike) -> list[bytes | Path]:
-    """What load_image takes for each of the row's images."""
-    sources = []
-    for image in row["images"]:
-        if image.get("bytes") is not None:
-            sources.append(image["bytes"])
-        elif isinstance(image.get("path"), str):
-            sources.append(inside(folder, image["path"]))
-        else:
-            raise RowError("bad_row")
-    return sources

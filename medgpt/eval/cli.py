@@ -56,7 +56,12 @@ def add_parsers(subparsers) -> None:
     found = commands.add_parser("contamination", help="questions that a training set holds")
     add = found.add_argument
     _data_arguments(add)
-    add("--train", required=True, metavar="PATH", help="rows that were trained on, .jsonl")
+    add(
+        "--train",
+        required=True,
+        metavar="PATH",
+        help="rows that were trained on: a folder of parquet, or .jsonl",
+    )
     add("--run", metavar="DIR", dest="folder", help="a run, for clean and dirty accuracy")
     add("--examples", action="store_true", help="list ids of contaminated questions")
     add("--seed", type=int, default=0)

@@ -1,106 +1,42 @@
-"""Questions that a training set holds: shared word n-grams, and images that look the same.
+"""Questions that a training set holds, and a run's accuracy without and on them.
 
-13 words of question and options in a row, or 8 where the question itself is shorter than 13, as the
-reports of GPT-3 and after count; images by perceptual hash.
+What counts as held is medgpt.data.decontaminate's: curation leaves out by the same rule.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from medgpt.data.decontaminate import LONG, SHORT, Contamination, row_text
+from medgpt.data.features import image_hash
+from medgpt.data.reader import Rows, image_sources, row_files
 from medgpt.eval.questions import Question
 from medgpt.eval.scoring import jsonable
 from medgpt.eval.statistics import accuracy
-
-LONG, SHORT = 13, 8
-# n-grams of more questions than this are turns of phrase: "which of the following is the most"
-COMMON = 10
-BITS = 4  # of 64 in which the hashes of one image may differ
-_WORD = re.compile(r"[\u4e00-\u9fff]|[^\W_]+")
+from medgpt.images import ImageError, load_image
 
 
-def words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+def index_of(questions: Sequence[Question]) -> Contamination:
+    """Items by the questions' positions; ImageError for an image that cannot be read."""
+    index = Contamination()
+    for position, question in enumerate(questions):
+        pictures = [load_image(image) for image in question.images]
+        index.add("", str(position), question.text, question.options.values(), pictures)
+    return index.close()
 
 
-def ngrams(sequence: Sequence[str], n: int) -> Iterator[int]:
-    """A 64-bit hash of each n words in a row."""
-    for at in range(len(sequence) - n + 1):
-        text = " ".join(sequence[at : at + n]).encode()
-        yield int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def training_rows(path: Path) -> Iterator[tuple[str, list]]:
+    """(text, image sources) of rows as parquet, a folder of it, or JSON lines.
 
-
-class Index:
-    """n-grams of questions, to hold training texts against.
-
-    Attributes:
-        unchecked: positions of questions with fewer than 8 words in all, which nothing can match.
+    A JSON line may be a row of {messages}, or any table's: all its strings count.
     """
-
-    def __init__(self, questions: Sequence[Question]):
-        owners: dict[int, dict[int, set[int]]] = {LONG: {}, SHORT: {}}
-        self.unchecked = []
-        for position, question in enumerate(questions):
-            stem = words(question.text)
-            everything = stem + [w for text in question.options.values() for w in words(text)]
-            n = LONG if len(stem) >= LONG else SHORT
-            if len(everything) < n:
-                self.unchecked.append(position)
-            for key in ngrams(everything, n):
-                owners[n].setdefault(key, set()).add(position)
-        self.owners = {
-            n: {key: found for key, found in index.items() if len(found) <= COMMON}
-            for n, index in owners.items()
-        }
-
-    def matches(self, text: str) -> set[int]:
-        """Positions of the questions that share an n-gram with a text."""
-        sequence, found = words(text), set()
-        for n, index in self.owners.items():
-            if index:
-                for key in ngrams(sequence, n):
-                    found |= index.get(key, set())
-        return found
-
-
-def image_bits(image) -> int | None:
-    """64-bit perceptual hash of an encoded image or path; None where it shows nothing."""
-    import io
-
-    import imagehash
-    from PIL import Image
-
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-        gray = opened.convert("L")
-    if np.asarray(gray).std() < 2:
-        return None
-    return int(str(imagehash.phash(gray)), 16)
-
-
-class ImageIndex:
-    """Hashes of the questions' images."""
-
-    def __init__(self, questions: Sequence[Question]):
-        pairs = [(image_bits(i), at) for at, q in enumerate(questions) for i in q.images]
-        pairs = [(bits, at) for bits, at in pairs if bits is not None]
-        self.bits = np.array([bits for bits, _ in pairs], dtype=np.uint64)
-        self.owner = np.array([at for _, at in pairs], dtype=np.int64)
-
-    def matches(self, image) -> set[int]:
-        bits = image_bits(image) if len(self.bits) else None
-        if bits is None:
-            return set()
-        differing = np.unpackbits(
-            (self.bits ^ np.uint64(bits)).view(np.uint8).reshape(-1, 8), axis=1
-        )
-        return set(self.owner[differing.sum(1) <= BITS].tolist())
-
-
-def training_rows(path: Path) -> Iterator[dict]:
+    if path.is_dir() or path.suffix == ".parquet":
+        rows = Rows(path)
+        for number in range(len(rows)):
+            row = rows[number]
+            yield row_text(row), image_sources(row, rows.folder(number))
+        return
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -110,19 +46,26 @@ def training_rows(path: Path) -> Iterator[dict]:
                     row = None
                 if not isinstance(row, dict):
                     raise ValueError(f"contamination: expected a row in line {number}, got another")
-                yield row
+                yield _line_text(row), list(_line_images(row, path.parent))
 
 
-def row_text(row: Mapping) -> str:
-    """All that is said in a row of {messages}, or in any row's strings."""
+def _line_text(row: Mapping) -> str:
     if "messages" not in row:
         return "\n".join(str(v) for v in row.values() if isinstance(v, str))
-    texts = []
+    messages = []
     for message in row["messages"]:
         content = message["content"]
         parts = [{"text": content}] if isinstance(content, str) else content
-        texts.extend(part["text"] for part in parts if part.get("text"))
-    return "\n".join(texts)
+        parts = [{"type": "text", "text": part["text"]} for part in parts if part.get("text")]
+        messages.append({**message, "content": parts})
+    return row_text({"messages": messages})
+
+
+def _line_images(row: Mapping, root: Path) -> Iterable[Path]:
+    for name in row.get("images") or ():
+        path = Path(str(name))
+        if not path.is_absolute() and ".." not in path.parts:
+            yield root / path
 
 
 def check(
@@ -135,23 +78,22 @@ def check(
     """Which questions a training set holds, and a run's accuracy without and on them.
 
     Args:
-        train: rows {images, messages}, .jsonl; image paths relative to it.
+        train: rows: parquet, a folder of it, or .jsonl with image paths relative to it.
         records: of a run, records/TASK.jsonl.
 
     Returns:
         counts, `ids` of contaminated questions, sha256 of the training set, and with records
         `clean` and `dirty` estimates. No texts.
     """
-    train = Path(train)
-    index, pictures = Index(questions), ImageIndex(questions)
+    train, index = Path(train), index_of(questions)
     by_text, by_image, rows, unread = set(), set(), 0, 0
-    for row in training_rows(train):
+    for text, images in training_rows(train):
         rows += 1
-        by_text |= index.matches(row_text(row))
-        for image in _images(row, train.parent):
+        by_text |= index.of_text(text)
+        for image in images if len(index.hashes) else ():
             try:
-                by_image |= pictures.matches(image)
-            except (OSError, ValueError):
+                by_image |= index.of_images(image_hash(load_image(image))[None])
+            except ImageError:
                 unread += 1
     dirty = by_text | by_image
     found = {
@@ -159,7 +101,7 @@ def check(
         "contaminated": len(dirty),
         "by_text": len(by_text),
         "by_image": len(by_image),
-        "too_short_to_check": len(index.unchecked),
+        "too_short_to_check": len(index.wordless),
         "train": {
             "name": train.name,
             "rows": rows,
@@ -187,16 +129,10 @@ def clean_and_dirty(records: Path, dirty: set[str], seed: int = 0) -> dict:
     }
 
 
-def _images(row: Mapping, root: Path) -> Iterable[Path]:
-    for name in row.get("images") or ():
-        path = Path(str(name))
-        if not path.is_absolute() and ".." not in path.parts:
-            yield root / path
-
-
 def _hash(path: Path) -> str:
     total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
+    for file in row_files(path) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                total.update(block)
     return total.hexdigest()

@@ -1,6 +1,7 @@
 """`medgpt train CONFIG` and `medgpt merge`."""
 
 import argparse
+import os
 
 ABOUT = """Trains a stage, or all three, of a YAML or TOML file (docs/medgpt_train.md). Stopped, the
 same command goes on where it was. On several GPUs: deepspeed --module medgpt train ..."""
@@ -17,7 +18,6 @@ def add_parsers(subparsers) -> None:
         "--estimate", action="store_true", help="only print the memory of one GPU; nothing is read"
     )
     train.add_argument("--processes", type=int, default=1, help="of --estimate")
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     train.set_defaults(run=run)
     merge = subparsers.add_parser("merge", help="adapters of LoRA into a checkpoint")
     merge.add_argument("model", help="the checkpoint that was trained on")
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
     config = read_run(args.config)
     numbers = (1, 2, 3) if args.all else (args.stage,)
+    if args.processes < 1:
+        raise ValueError(f"train: expected --processes >= 1, got {args.processes}")
     if args.estimate:
         for number in numbers:
             print(f"stage {number}, one of {args.processes} processes")
@@ -47,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
         made = train_all(config)
     else:
         made = train_stage(config, args.stage, *start_of(config, args.stage))
-    print(made)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(made)
 
 
 def _estimate(config, number: int, args: argparse.Namespace) -> str:

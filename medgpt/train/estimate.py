@@ -71,7 +71,8 @@ def estimate(
     moments = {
         "loss": kept + loss,
         "layer": kept + layer + gradients,
-        "step": gradients + 2 * largest * max(size, 4) // share,
+        # AdamW's own one goes over the weights once; DeepSpeed's makes two values of each
+        "step": gradients + (2 * largest * max(size, 4) // share if zero3 else 0),
     }
     moment = max(moments, key=moments.get)
     parts = {

@@ -9,7 +9,11 @@ stage1:                  # fields of stages.Stage that differ
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
+import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +46,7 @@ class Run:
         dtype: "bfloat16", or "float32". Without DeepSpeed and LoRA weights are fp32 and bf16 is
             autocast's.
         device: "auto" or "cpu".
-        seed: of the packs' order.
+        seed: of the packs' order and of new adapters.
         workers: processes that read packs ahead, for each training process.
         logging_steps, save_steps: in steps.
         peak_tflops: of one device in dtype, for MFU; None measures fp32's on a CPU and leaves MFU
@@ -145,9 +149,10 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
 
     from medgpt import checkpoint
     from medgpt.data.packing import PackedDataset
+    from medgpt.train.arguments import training_arguments
     from medgpt.train.checkpoints import is_complete, mark_complete
     from medgpt.train.lora import add_adapters, load_adapters
-    from medgpt.train.trainer import MedGPTTrainer, training_arguments
+    from medgpt.train.trainer import MedGPTTrainer
 
     stage, out = run.stage(number), Path(run.output) / f"stage{number}"
     result = out / "model"
@@ -155,6 +160,10 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         return result
     if not stage.mix:
         refuse(f"a mix of rows in stage{number}", "none", "train")
+    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        refuse("tensorboard (pip install tensorboard), or tensorboard: false", "neither", "train")
+    if run.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        refuse("deepspeed installed (pip install deepspeed)", "none", "train")
     cpu = run.device == "cpu" or not torch.cuda.is_available()
     half = run.dtype == "bfloat16"
     arguments = training_arguments(
@@ -164,6 +173,7 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         use_cpu=cpu,
         bf16=half and not (cpu and run.deepspeed is None),
         seed=run.seed,
+        disable_tqdm=False,  # transformers' default goes by its logging level
         deepspeed=run.deepspeed_file,
         dataloader_num_workers=run.workers,
         logging_steps=run.logging_steps,
@@ -173,17 +183,33 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
     whole = run.deepspeed is None and run.lora is None
     dtype = torch.bfloat16 if half and not whole else torch.float32
     model, processor = checkpoint.load(model_dir, dtype=dtype)
+    if run.deepspeed is not None:
+        # under ZeRO-3 transformers keeps all renamings that it knows, not those that it made, and
+        # would undo them on saving
+        model._weight_conversions = []
+    torch.manual_seed(run.seed)  # of new adapters
     if run.lora is not None and adapters_dir is None:
         options = dataclasses.asdict(run.lora)
         options.pop("learning_rate")
         add_adapters(model, options.pop("rank"), **options)
     elif run.lora is not None:
         load_adapters(model, adapters_dir)
-    packs = PackedDataset(stage.paths, processor, stage.length, run.seed, weighting=stage.weighting)
+    with arguments.main_process_first(local=False):  # which counts tokens for all
+        packs = PackedDataset(
+            stage.paths,
+            processor,
+            stage.length,
+            run.seed,
+            weighting=stage.weighting,
+            workers=max(1, run.workers),
+        )
+    if arguments.process_index == 0:
+        print(_told(number, packs, out), file=sys.stderr)
     trainer = MedGPTTrainer(
         model, stage, packs, arguments, peak_flops=_peak_flops(run, cpu), processing_class=processor
     )
     trainer.train()
+    trainer.save_state()  # with all that was logged
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -192,6 +218,19 @@ def train_stage(run: Run, number: int, model_dir: str | os.PathLike, adapters_di
         mark_complete(result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _told(number: int, packs, out: Path) -> str:
+    """What a stage trains on, for the terminal; the same in stageN/data.json."""
+    documents, left_out = len(packs.documents), {k: n for k, n in packs.skipped.items() if n}
+    said = {"documents": documents, "packs": len(packs), "fill": round(packs.fill(), 4)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.json").write_text(json.dumps({**said, "left_out": left_out}, indent=1) + "\n")
+    without = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "none"
+    return (
+        f"stage {number}: {documents} documents in {len(packs)} packs of {packs.length} tokens, "
+        f"{packs.fill():.1%} full; left out: {without}"
+    )
 
 
 def train_all(run: Run) -> Path:
@@ -219,8 +258,11 @@ def start_of(run: Run, number: int) -> tuple[str, str | None]:
 def _peak_flops(run: Run, cpu: bool) -> float | None:
     if run.peak_tflops is not None:
         return run.peak_tflops * 1e12
-    if not cpu:
-        return None
+    return _cpu_flops() if cpu else None
+
+
+@functools.cache  # measured once for all stages
+def _cpu_flops() -> float:
     import torch
 
     from medgpt_kernels import roofline

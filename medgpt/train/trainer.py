@@ -4,49 +4,24 @@ A pack is what PackedDataset gives: one row of documents with the arguments of M
 """
 
 import itertools
-import os
+import json
+from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from medgpt.train.arguments import prepare_for_zero3
 from medgpt.train.checkpoints import latest_complete, mark_complete
 from medgpt.train.flops import forward_flops, step_flops
 from medgpt.train.lora import adapters, load_adapters, save_adapters
 from medgpt.train.measures import ExpertLoad, SourceLosses, Speed, load_ratios
+from medgpt.train.packs import OURS, Packs, only_pack
+from medgpt.train.progress import Progress
 from medgpt.train.stages import Stage, part_of, set_trainable
-from medgpt.vision import VisionEmbeddings
-from medgpt_kernels.integrations import refuse
 
-CONFIGS = Path(__file__).parent / "configs"
+LEFT_OUT = "left_out.jsonl"  # rows that turned out broken, in a stage's folder
 ON_HOST = ("image_sizes",)  # read by the host in every forward
-OURS = ("pack", "sources")  # of the batch, not of forward
-
-
-class Packs(torch.utils.data.Dataset):
-    """A dataset of packs that also says which pack it gave, and each document's source."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "pack": index, "sources": self.sources(index)}
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def sources(self, index: int) -> list[str]:
-        if hasattr(self.dataset, "sources"):
-            return self.dataset.sources(index)
-        return [self.dataset.rows[int(row)]["source"] for row in self.dataset.members(index)]
-
-    def ids(self, index: int) -> list[str]:
-        return list(self.dataset.ids(index))
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -68,7 +43,7 @@ class MedGPTTrainer(Trainer):
         model: MedGPTForConditionalGeneration; set_trainable is applied to it, unless it has
             adapters.
         stage: of stages.py.
-        dataset: packs, with `ids(index)` and either `sources(index)` or `rows` and `members`.
+        dataset: packs, with `read(index)` and `ids(index)` as PackedDataset has them.
         args: of training_arguments.
         peak_flops: of one device in the training dtype, for MFU; None leaves MFU out.
 
@@ -77,16 +52,20 @@ class MedGPTTrainer(Trainer):
     """
 
     def __init__(self, model, stage: Stage, dataset, args, *, peak_flops=None, **kwargs):
-        self.stage, self.packs = stage, Packs(dataset)
+        self.stage, self.packs = stage, Packs(dataset, stage.epochs)
         if not adapters(model):
             set_trainable(model, stage)
         prepare_for_zero3(model)
-        super().__init__(model, args, _only_pack, self.packs, **kwargs)
+        super().__init__(model, args, only_pack, self.packs, **kwargs)
         self.trained_parts = {part_of(n) for n, p in model.named_parameters() if p.requires_grad}
         self.model_config = model.config
         self.expert_load, self.source_losses = ExpertLoad(model), SourceLosses()
-        self.speed, self.seen = Speed(peak_flops), []
+        self.speed, self.seen, self.left_out = Speed(peak_flops), [], []
         self.add_callback(CompleteCheckpoints(self))
+        for theirs in (ProgressCallback, PrinterCallback):
+            self.remove_callback(theirs)
+        if not args.disable_tqdm:
+            self.add_callback(Progress())
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.packs)  # packs are in order of their seed
@@ -139,7 +118,7 @@ class MedGPTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a pack, as its part of the step's mean over all processes."""
-        pack, sources = (inputs.get(name) for name in OURS)
+        pack, sources, left_out = (inputs.get(name) for name in OURS)
         given = {name: value for name, value in inputs.items() if name not in OURS}
         coef = self.stage.router_aux_loss_coef
         training = model.training
@@ -164,6 +143,7 @@ class MedGPTTrainer(Trainer):
         if training:
             labels, ends = given["labels"], given["cu_seq_lens_q"]
             self.source_losses.add(sources, outputs.token_losses, labels, ends)
+            self.left_out += left_out
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -200,14 +180,30 @@ class MedGPTTrainer(Trainer):
             if hists is not None:
                 logs |= load_ratios(self.accelerator.reduce(hists, "sum"))
             logs |= self._losses_of_sources()
+            logs |= self._left_out()
         super().log(logs, start_time)
 
-    def _losses_of_sources(self) -> dict[str, float]:
-        found = [self.source_losses.take()]
-        if self.args.world_size > 1:
-            from accelerate.utils import gather_object
+    def _of_all(self, value) -> list:
+        """A value of each process."""
+        if self.args.world_size == 1:
+            return [value]
+        from accelerate.utils import gather_object
 
-            found = gather_object(found)
+        return gather_object([value])
+
+    def _left_out(self) -> dict[str, int]:
+        """Rows that turned out broken since the last log, by reason; their ids to a file."""
+        found, self.left_out = [row for part in self._of_all(self.left_out) for row in part], []
+        if found and self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / LEFT_OUT, "a", encoding="utf-8") as file:
+                for name, reason in found:
+                    entry = {"row": name, "reason": reason, "step": self.state.global_step}
+                    file.write(json.dumps(entry) + "\n")
+        counts = Counter(f"left_out/{reason}" for _, reason in found)
+        return dict(sorted(counts.items()))
+
+    def _losses_of_sources(self) -> dict[str, float]:
+        found = self._of_all(self.source_losses.take())
         totals = {}
         for source, (total, count) in ((k, v) for part in found for k, v in part.items()):
             before = totals.get(source, (0.0, 0.0))
@@ -231,76 +227,3 @@ class MedGPTTrainer(Trainer):
         """As Trainer.train, from the newest whole checkpoint of output_dir where there is one."""
         found = latest_complete(self.args.output_dir) if resume else None
         return super().train(resume_from_checkpoint=found, **kwargs)
-
-
-def training_arguments(
-    stage: Stage, output_dir: str | os.PathLike, *, processes: int = 1, **options
-) -> TrainingArguments:
-    """transformers' arguments of a stage.
-
-    Args:
-        processes: that train together; packs_per_step / processes is gradient accumulation.
-        options: further TrainingArguments: bf16, use_cpu, deepspeed, save_steps, ...
-
-    Raises:
-        ValueError: packs_per_step that processes do not share evenly, save_total_limit < 2.
-    """
-    if stage.packs_per_step % processes:
-        refuse(f"packs_per_step in {processes} parts", stage.packs_per_step, "train")
-    if options.get("save_total_limit", 2) < 2:
-        refuse("save_total_limit >= 2: one may be cut short", options["save_total_limit"], "train")
-    defaults = {
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": stage.packs_per_step // processes,
-        "gradient_checkpointing": stage.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "learning_rate": max(stage.learning_rates.values()),
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": stage.warmup_ratio,
-        "weight_decay": stage.weight_decay,
-        "adam_beta1": stage.betas[0],
-        "adam_beta2": stage.betas[1],
-        "max_grad_norm": stage.max_grad_norm,
-        "num_train_epochs": stage.epochs,
-        "max_steps": stage.max_steps or -1,
-        "optim": "adamw_torch",
-        "logging_steps": 10,
-        "logging_nan_inf_filter": False,
-        "save_steps": 100,
-        "save_total_limit": 2,
-        "report_to": ["tensorboard"],
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "average_tokens_across_devices": True,
-    }
-    if options.get("deepspeed") and "RANK" in os.environ:
-        import deepspeed  # before the model is made: its weights are cut up at once
-
-        deepspeed.init_distributed()
-    return TrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
-
-
-def prepare_for_zero3(model: torch.nn.Module) -> None:
-    """Tell ZeRO-3 what is used outside of its own module's forward.
-
-    MoE blocks are gathered whole, since each rank runs other experts. The vision embeddings hand
-    their children's weights to patch_embed (they cannot be a leaf: no input of theirs has a
-    gradient, and ZeRO-3 would take the leaf's gradients before they are there).
-    """
-    try:
-        from deepspeed.utils import set_z3_leaf_modules
-        from deepspeed.zero import register_external_parameter
-    except ImportError:
-        return
-    set_z3_leaf_modules(model, [GptOssMLP])
-    for module in model.modules():
-        if isinstance(module, VisionEmbeddings):
-            for child in module.children():
-                for parameter in child.parameters():
-                    register_external_parameter(module, parameter)
-
-
-def _only_pack(packs: list[dict]) -> dict:
-    (pack,) = packs
-    return pack

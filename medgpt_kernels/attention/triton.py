@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.attention.triton_bwd import attention_bwd
-from medgpt_kernels.attention.triton_fwd import FAMILIES, attention_fwd, recording
+from medgpt_kernels.attention.triton_fwd import attention_fwd
 
 __all__ = ["aot_kernels", "attention_bwd", "attention_fwd"]
 
@@ -44,6 +44,7 @@ VARIANTS = (
     Variant(dtype=torch.float32, window=(127, 0)),
     Variant(dtype=torch.float32, head_dim=72, **SIGLIP),
     Variant(dtype=torch.float32, **LLAMA),
+    Variant(dtype=torch.float32, head_dim=256, heads=8, kv_heads=4, rotary_dim=256, sinks=False),
     Variant(tokens=2**20),  # offsets pass 32 bits
 )
 QUICK = VARIANTS[:2]
@@ -91,19 +92,18 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
                 packed="packed" if variant.packed else "batched",
             )
         )
-        for family, cards in FAMILIES.items():
+        for family, cards in tiles.each_family():
             # two gradients of 64 rows and 256 columns do not fit a warp group's registers
-            small = family == "sm_90" and variant.head_dim > 128
+            small = family == "sm_90" and variant.head_dim > 128 and products == "half"
             backward = aot.FEW_ROWS if small else products
-            with recording(family):
-                yield from aot.record(
-                    f"{name}-{family}",
-                    functools.partial(_launch, variant),
-                    products={
-                        "_attention_fwd_kernel": products,
-                        "_attention_bwd_kv_kernel": backward,
-                        "_attention_bwd_q_kernel": backward,
-                    },
-                    quick=variant in QUICK,
-                    cards=cards,
-                )
+            yield from aot.record(
+                f"{name}-{family}",
+                functools.partial(_launch, variant),
+                products={
+                    "_attention_fwd_kernel": products,
+                    "_attention_bwd_kv_kernel": backward,
+                    "_attention_bwd_q_kernel": backward,
+                },
+                quick=variant in QUICK,
+                cards=cards,
+            )

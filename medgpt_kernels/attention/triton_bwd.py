@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
+from medgpt_kernels.attention.triton_exp2 import exp2_scores, how_to_exp2
 from medgpt_kernels.attention.triton_fwd import (
     LOG2_E,
-    Tile,
+    PRECISION,
     Window,
     _elements,
     _key_range,
@@ -31,98 +33,6 @@ from medgpt_kernels.attention.triton_fwd import (
 )
 from medgpt_kernels.rotary.triton import index_dtype, rotate, rows, stride_unit, strides
 
-# as CONFIGS of the forward pass
-KV_CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(32, 128, 8, 2),
-        (16, 128, False): Tile(32, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(16, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(32, 128, 8, 2),
-        (16, 128, False): Tile(32, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(64, 128, 8, 2),
-        (16, 128, False): Tile(32, 128, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(64, 128, 8, 2),
-        (16, 64, True): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 128, 8, 1),
-        (16, 256, False): Tile(32, 64, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(16, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(32, 128, 4, 1),
-        (16, 128, False): Tile(32, 64, 4, 1),
-        (16, 256, False): Tile(32, 32, 4, 1),
-        (32, 64, False): Tile(32, 32, 4, 1),
-        (32, 128, False): Tile(16, 32, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-Q_CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 32, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 16, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(128, 128, 8, 2),
-        (16, 64, True): Tile(128, 64, 8, 2),
-        (16, 128, False): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(32, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(128, 128, 8, 2),
-        (16, 64, True): Tile(128, 64, 8, 2),
-        (16, 128, False): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(64, 32, 8, 1),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(128, 32, 4, 1),
-        (16, 128, False): Tile(64, 32, 4, 1),
-        (16, 256, False): Tile(32, 32, 4, 1),
-        (32, 64, False): Tile(32, 32, 4, 1),
-        (32, 128, False): Tile(32, 16, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-ROWS_CONFIG = {"BLOCK_M": 32, "num_warps": 4}
-SINKS_CONFIG = {"BLOCK_T": 16, "num_warps": 4}
 SINK_SPLITS = 128  # at most so many partial sums, a number that depends on shapes alone
 
 
@@ -536,9 +446,9 @@ def _attention_bwd_kv_kernel(
 def _q_span(
     d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t, at,
     begin, end, len_k, window_left, window_right, scale, HEAD_DIM: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, INDEX: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, EXP2: tl.constexpr,
+    INDEX: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Keys begin ... end of one block of queries."""
     for n0 in range(begin, end, BLOCK_N):
@@ -551,7 +461,7 @@ def _q_span(
         v = _load_tile(v_rows, inside, 0, BLOCK_D, HEAD_DIM, MASKED)
         v_rest = _load_rest(v_rows, inside, BLOCK_D, BLOCK_REST, HEAD_DIM, MASKED)
         s = _scores(q, q_rest, k, k_rest, BLOCK_REST, INPUT_PRECISION)  # [M, N]
-        p = tl.exp2(s * scale - lse[:, None])
+        p = exp2_scores(s, scale, lse, MASKED, EXP2)
         if MASKED:
             keep = _visible(
                 at[:, None], j[None, :], len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -614,6 +524,7 @@ def _attention_bwd_q_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
+    EXP2: tl.constexpr,
     UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -686,18 +597,18 @@ def _attention_bwd_q_kernel(
             d_q, d_q_rest = _q_span(
                 d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t,
                 stride_v_t, at, begin, tl.minimum(left_end, end), len_k, window_left, window_right,
-                scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, INDEX, INPUT_PRECISION, BLOCK_N,
+                scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N,
                 BLOCK_D, BLOCK_REST,
             )  # fmt: skip
         d_q, d_q_rest = _q_span(
             d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t,
             at, left_end, right_begin, len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT,
-            HAS_RIGHT, False, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+            HAS_RIGHT, False, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
         )  # fmt: skip
     d_q, d_q_rest = _q_span(
         d_q, d_q_rest, q, q_rest, d_out, d_out_rest, lse, delta, K, V, stride_k_t, stride_v_t, at,
         right_begin, end, len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT,
-        True, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+        True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
     )  # fmt: skip
 
     if BLOCK_REST > 0:
@@ -726,7 +637,7 @@ def _sinks_gradient(sinks, row_lse, delta) -> torch.Tensor:
         split_tokens=split,
         HEADS=heads,
         BLOCK_H=triton.next_power_of_2(heads),
-        **SINKS_CONFIG,
+        **tiles.choose("attention_bwd_sinks", sinks),
     )
     return partial.sum(0).to(sinks.dtype)
 
@@ -780,7 +691,8 @@ def attention_bwd(
     with torch.cuda.device_of(q):
         rotated = None if cos is None else d_q
         lse_strides = (0, 0, 0) if d_lse is None else (0, *d_lse.stride())[-3:]
-        blocks = triton.cdiv(max_seqlen_q * heads, ROWS_CONFIG["BLOCK_M"])
+        tile = tiles.choose("attention_bwd_rows", q)
+        blocks = triton.cdiv(max_seqlen_q * heads, tile["BLOCK_M"])
         _attention_bwd_rows_kernel[(blocks * sequences,)](
             RowLse=row_lse,
             Delta=delta,
@@ -795,7 +707,7 @@ def attention_bwd(
             **strides("out", out, unit),
             **{f"stride_d_lse_{a}": s for a, s in zip("bht", lse_strides, strict=True)},
             **common,
-            **ROWS_CONFIG,
+            **tile,
         )
         if want_sinks:
             d_sinks = _sinks_gradient(sinks, row_lse, delta)
@@ -813,21 +725,23 @@ def attention_bwd(
             **strides("k", k, unit),
             **strides("v", v, unit),
             **window.arguments(),
+            **PRECISION,
             "scale": softmax_scale * LOG2_E,
             "softmax_scale": softmax_scale,
             "NARROW": window.narrow(256),
         }
         if want_k or want_v:
-            tile = choose(KV_CONFIGS, q, window.narrow(256))
-            blocks = triton.cdiv(max_seqlen_k, tile.block_n)
+            tile = choose("attention_bwd_kv", q, window.narrow(256))
+            blocks = triton.cdiv(max_seqlen_k, tile["BLOCK_N"])
             _attention_bwd_kv_kernel[(blocks * sequences * k.shape[-2],)](
-                DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile.options()
+                DK=d_k, DV=d_v, **strides("d_k", d_k, unit), **common, **tile
             )
         if want_q:
-            tile = choose(Q_CONFIGS, q, window.narrow(256))
-            blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
+            tile = choose("attention_bwd_q", q, window.narrow(256))
+            exp2 = how_to_exp2(tile, q)
+            blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
             _attention_bwd_q_kernel[(blocks * sequences * k.shape[-2],)](
-                DQ=d_q, **strides("d_q", d_q, unit), **common, **tile.options()
+                DQ=d_q, EXP2=exp2, **strides("d_q", d_q, unit), **common, **tile
             )
     grads = (d_q, d_k, d_v, d_sinks)
     return tuple(g if need else q.new_empty(0) for g, need in zip(grads, wanted, strict=True))

@@ -6,16 +6,14 @@ query heads of one key head at M / P queries: row r is query r // P of head g P 
 between powers of two is two tiles, D = 72 being 64 + 16.
 """
 
-import contextlib
-import functools
-import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
+from medgpt_kernels.attention.triton_exp2 import exp2_scores, how_to_exp2
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import (
     check_supported,
@@ -28,86 +26,8 @@ from medgpt_kernels.rotary.triton import (
 
 LOG2_E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1.0e30)  # a maximum before any key, in units of log 2
+PRECISION = {"INPUT_PRECISION": "ieee"}
 MAX_WINDOW = 2**29  # beyond any sequence, and far from the end of int32
-
-
-class Tile(NamedTuple):
-    """One configuration of an attention kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    precision: str = "ieee"
-    poly_exp2: bool = False
-
-    def options(self) -> dict:
-        return {
-            "INPUT_PRECISION": self.precision,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# by card family, then (bits of the dtype, head_dim up to, whether a narrow window has its own)
-CONFIGS = {
-    "interpreter": {(32, 256, False): Tile(32, 32, 1, 1)},
-    "sm_80": {
-        (16, 64, False): Tile(128, 32, 4, 3),
-        (16, 128, False): Tile(128, 64, 8, 3),
-        (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 32, 8, 2),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_86": {
-        (16, 64, False): Tile(128, 32, 4, 3),
-        (16, 64, True): Tile(64, 64, 4, 2),
-        (16, 128, False): Tile(64, 32, 4, 2),
-        (16, 256, False): Tile(64, 32, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 32, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_90": {
-        (16, 64, False): Tile(128, 128, 8, 3),
-        (16, 64, True): Tile(128, 32, 4, 3),
-        (16, 128, False): Tile(128, 128, 8, 2),
-        (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(128, 16, 8, 3),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "sm_100": {
-        (16, 64, False): Tile(128, 128, 8, 3),
-        (16, 64, True): Tile(128, 64, 8, 3),
-        (16, 128, False): Tile(128, 64, 8, 3),
-        (16, 128, True): Tile(128, 64, 8, 2),
-        (16, 256, False): Tile(64, 64, 8, 2),
-        (32, 64, False): Tile(32, 32, 8, 1),
-        (32, 128, False): Tile(32, 16, 8, 1),
-        (32, 256, False): Tile(16, 16, 8, 1),
-    },
-    "gfx942": {
-        (16, 64, False): Tile(128, 64, 4, 2),
-        (16, 128, False): Tile(64, 64, 4, 1),
-        (16, 256, False): Tile(64, 32, 4, 1),
-        (32, 64, False): Tile(64, 32, 4, 1),
-        (32, 128, False): Tile(32, 32, 4, 1),
-        (32, 256, False): Tile(16, 16, 4, 1),
-    },
-}
-# the cards of each family that the gate compiles for
-FAMILIES = {
-    "sm_80": ("sm_80",),
-    "sm_86": ("sm_86", "sm_89", "sm_120"),  # 99 KB of shared memory
-    "sm_90": ("sm_90",),
-    "sm_100": ("sm_100",),
-    "gfx942": ("gfx942",),
-}
 
 
 def head_tiles(head_dim: int) -> dict[str, int]:
@@ -118,54 +38,6 @@ def head_tiles(head_dim: int) -> dict[str, int]:
         "BLOCK_D": block,
         "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0,
     }
-
-
-def _wants_poly_exp2(tile: Tile) -> bool:
-    """As the tile says, or MEDGPT_KERNELS_POLY_EXP2 = 0 or 1, to measure the other way."""
-    return {"0": False, "1": True}.get(os.environ.get("MEDGPT_KERNELS_POLY_EXP2"), tile.poly_exp2)
-
-
-@triton.jit
-def _poly_exp2(x, MASKED: tl.constexpr):
-    """2 ** x for x <= 0 on the FMA units, relative error 3e-6 (minimax of degree 4 around 0)."""
-    x_safe = tl.maximum(x, -126.0)
-    shifted = x_safe + 12582912.0  # 1.5 * 2 ** 23: the nearest integer, in the low bits
-    f = x_safe - (shifted - 12582912.0)
-    y = 0.05590642672831041 + f * 0.009582853141412249
-    y = 0.24024098622765433 + f * y
-    y = 0.6931241931542219 + f * y
-    y = 1.0 + f * y
-    bits = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    y = bits.to(tl.float32, bitcast=True)
-    if MASKED:
-        y = tl.where(x < -126.0, 0.0, y)
-    return y
-
-
-@triton.jit
-def _halves(x):
-    """[M, C, 8] -> [M, C / 2, 8] twice: groups of 8 columns by turns, each in its own thread."""
-    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2, 8])
-    return tl.split(tl.permute(pairs, [0, 1, 3, 2]))
-
-
-@triton.jit
-def _unhalves(a, b):
-    pairs = tl.permute(tl.join(a, b), [0, 1, 3, 2])
-    return tl.reshape(pairs, [a.shape[0], a.shape[1] * 2, 8])
-
-
-@triton.jit
-def _exp2(x, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr):
-    """2 ** x of scores [M, N]; USE_POLY_EXP2 takes a quarter off the exponential unit."""
-    if USE_POLY_EXP2:
-        a, b = _halves(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]))
-        c, d = _halves(b)
-        b = _unhalves(tl.exp2(c), _poly_exp2(d, MASKED))
-        y = tl.reshape(_unhalves(tl.exp2(a), b), x.shape)
-    else:
-        y = tl.exp2(x)
-    return y
 
 
 @triton.jit
@@ -343,7 +215,7 @@ def _scores(a, a_rest, b, b_rest, BLOCK_REST: tl.constexpr, INPUT_PRECISION: tl.
 def _fwd_span(
     m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, begin, end, len_k,
     window_left, window_right, scale, HEAD_DIM: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, USE_POLY_EXP2: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, EXP2: tl.constexpr,
     INDEX: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -361,7 +233,7 @@ def _fwd_span(
             )
             s = tl.where(keep, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = _exp2(s * scale - m_new[:, None], MASKED, USE_POLY_EXP2)
+        p = exp2_scores(s, scale, m_new, MASKED, EXP2)
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
         m = m_new
@@ -419,7 +291,7 @@ def _attention_fwd_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     NARROW: tl.constexpr,
-    USE_POLY_EXP2: tl.constexpr,
+    EXP2: tl.constexpr,
     UNIT: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -487,17 +359,17 @@ def _attention_fwd_kernel(
             m, l, acc, acc_rest = _fwd_span(
                 m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, begin,
                 tl.minimum(left_end, end), len_k, window_left, window_right, scale, HEAD_DIM,
-                HAS_LEFT, HAS_RIGHT, True, USE_POLY_EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D,
+                HAS_LEFT, HAS_RIGHT, True, EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D,
                 BLOCK_REST,
             )  # fmt: skip
         m, l, acc, acc_rest = _fwd_span(
             m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, left_end, right_begin,
             len_k, window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, False,
-            USE_POLY_EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
+            EXP2, INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
         )  # fmt: skip
     m, l, acc, acc_rest = _fwd_span(
         m, l, acc, acc_rest, q, q_rest, K, V, stride_k_t, stride_v_t, at, right_begin, end, len_k,
-        window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, USE_POLY_EXP2,
+        window_left, window_right, scale, HEAD_DIM, HAS_LEFT, HAS_RIGHT, True, EXP2,
         INDEX, INPUT_PRECISION, BLOCK_N, BLOCK_D, BLOCK_REST,
     )  # fmt: skip
 
@@ -512,47 +384,10 @@ def _attention_fwd_kernel(
         _store_tile(out_rows, acc_rest / total[:, None], inside, BLOCK_D, BLOCK_REST, HEAD_DIM)
 
 
-@functools.cache
-def _device_family(index: int) -> str:
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(index)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(
-        (major, minor), "sm_86"
-    )
-
-
-_recorded = ["sm_80"]
-
-
-@contextlib.contextmanager
-def recording(family: str) -> Iterator[None]:
-    """Launch on meta tensors as on this family's cards."""
-    _recorded.append(family)
-    try:
-        yield
-    finally:
-        _recorded.pop()
-
-
-def card_family(x: torch.Tensor) -> str:
-    """Whose configurations serve this tensor's device."""
-    if x.device.type == "meta":
-        return _recorded[-1]
-    if x.device.type == "cpu":
-        return "interpreter"
-    return _device_family(x.device.index)
-
-
-def choose(configs: dict, x: torch.Tensor, narrow: bool) -> Tile:
+def choose(kernel: str, x: torch.Tensor, narrow: bool) -> tiles.Tile:
     """The tile for x's dtype and head_dim; windows without one of their own take the general."""
-    family = card_family(x)
-    if family == "interpreter":
-        return configs[family][32, 256, False]
-    bits, head_dim = x.dtype.itemsize * 8, x.shape[-1]
-    limit = next(c for c in (64, 128, 256) if head_dim <= c)
-    table = configs[family]
-    return table.get((bits, limit, narrow), table[bits, limit, False])
+    key = f"{tiles.bits(x)}-{tiles.head_limit(x.shape[-1])}"
+    return tiles.choose(kernel, x, *((f"{key}-narrow",) if narrow else ()), key)
 
 
 class Window(NamedTuple):
@@ -636,10 +471,11 @@ def attention_fwd(
     if cos is not None:
         k, _ = rotate(k, None, cos, sin, position_ids, cu_seqlens_k)
     window = Window(window_left, window_right)
-    tile = choose(CONFIGS, q, window.narrow(256))
+    tile = choose("attention_fwd", q, window.narrow(256))
+    exp2 = how_to_exp2(tile, q)
     shared = problem(q, k, cos, position_ids, cu_seqlens_q)
     unit = stride_unit(q, k, v, out)
-    blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile.block_m)
+    blocks = triton.cdiv(max_seqlen_q * shared["GROUP"], tile["BLOCK_M"])
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(blocks * shared["sequences"] * shared["KV_HEADS"],)](
             Out=out,
@@ -662,8 +498,9 @@ def attention_fwd(
             UNIT=unit,
             scale=softmax_scale * LOG2_E,
             NARROW=window.narrow(256),
-            USE_POLY_EXP2=_wants_poly_exp2(tile),
+            EXP2=exp2,
             INDEX=index_dtype(q, k, v, out, lse),
-            **tile.options(),
+            **PRECISION,
+            **tile,
         )
     return out, lse

@@ -5,6 +5,7 @@ D head_dim, M and N rows and columns of a tile of scores. Row r of one key head 
 head g P + r % P. fp8 is taken apart by integer arithmetic: not every card has e4m3.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.attention.triton_fwd import (
     LOG2_E,
     MAX_WINDOW,
@@ -25,7 +26,6 @@ from medgpt_kernels.attention.triton_fwd import (
 from medgpt_kernels.decode_attention.reference import FP8
 from medgpt_kernels.rotary.triton import rows
 
-SPLIT = 512  # keys of a split times new tokens
 FEW_TOKENS = 16  # more new tokens than this are not split over the keys
 
 
@@ -341,16 +341,11 @@ def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
     return {f"stride_{name}_{c}": x.stride(i) for i, c in enumerate("bth")}
 
 
-def _tile(q: torch.Tensor, group: int) -> dict:
-    """Rows and columns of a tile of scores: few queries, so that most of it is keys."""
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    wide = q.dtype == torch.float32
-    columns = 32 if wide or block_d > 128 else 64
-    return {
-        "BLOCK_M": 16 if q.shape[1] * group <= 16 or wide else 32,
-        "BLOCK_N": 16 if wide and block_d > 64 else columns,
-        "BLOCK_D": block_d,
-    }
+def _tile(q: torch.Tensor, group: int) -> tiles.Tile:
+    """Rows and columns of a tile of scores, and SPLIT, the keys of a split for one new token."""
+    key = f"{tiles.bits(q)}-{tiles.head_limit(q.shape[3])}"
+    many = q.shape[1] * group > 16
+    return tiles.choose("decode_split", q, *((f"{key}-many",) if many else ()), key)
 
 
 def decode_attention(
@@ -385,9 +380,11 @@ def decode_attention(
     group = heads // kv_heads
     capacity = page if block_table is None else page * block_table.shape[1]
     tile = _tile(q, group)
+    split = tile.pop("SPLIT")
+    block_m, block_d = tile.pop("BLOCK_M"), max(16, triton.next_power_of_2(head_dim))
     # the most keys that one block of queries sees, whatever the lengths are
     seen = capacity if window_left < 0 else min(capacity, window_left + tokens)
-    split = SPLIT * tokens if tokens <= FEW_TOKENS else max(seen, 1)
+    split = split * tokens if tokens <= FEW_TOKENS else max(seen, 1)
     splits = max(1, triton.cdiv(seen, split))
     shared = {
         "CacheSeqlens": cache_seqlens,
@@ -418,11 +415,11 @@ def decode_attention(
         "tokens": tokens,
         "appended": 0 if k is None else tokens,
         "GROUP": group,
-        "BLOCK_M": tile["BLOCK_M"],
-        "BLOCK_D": tile["BLOCK_D"],
+        "BLOCK_M": block_m,
+        "BLOCK_D": block_d,
     }
     parts = torch.empty(
-        batches * heads * tokens * splits, tile["BLOCK_D"], dtype=torch.float32, device=q.device
+        batches * heads * tokens * splits, block_d, dtype=torch.float32, device=q.device
     )
     maximum, total = torch.empty(2, parts.shape[0], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -437,11 +434,11 @@ def decode_attention(
                 **_strides("v", v),
                 **shared,
                 **caches,
-                BLOCK_D=tile["BLOCK_D"],
+                BLOCK_D=block_d,
                 BLOCK_HALF=triton.next_power_of_2(max(caches["HALF"], 1)),
-                num_warps=1,
+                **tiles.choose("decode_append", q),
             )
-        blocks = triton.cdiv(tokens * group, tile["BLOCK_M"])
+        blocks = triton.cdiv(tokens * group, block_m)
         _decode_split_kernel[(batches * blocks * splits * kv_heads,)](
             PartOut=parts,
             PartMax=maximum,
@@ -450,9 +447,7 @@ def decode_attention(
             **_strides("q", q),
             scale=softmax_scale * LOG2_E,
             INPUT_PRECISION="ieee",
-            BLOCK_N=tile["BLOCK_N"],
-            num_warps=4,
-            num_stages=2,
+            **tile,
             **shared,
             **caches,
             **cut,
@@ -464,8 +459,7 @@ def decode_attention(
             PartSum=total,
             VScale=v_scale,
             Sinks=dense(sinks),
-            BLOCK_SPLITS=16,
-            num_warps=1,
+            **tiles.choose("decode_join", q),
             **shared,
             **cut,
         )
@@ -499,6 +493,7 @@ VARIANTS = (
     Variant(dtype=torch.float32, cache=FP8, window=127, page=16),
     Variant(head_dim=80, heads=32, kv_heads=32, rotary_dim=32, page=16),
     Variant(head_dim=128, heads=32, rotary_dim=128, page=16),
+    Variant(head_dim=128, heads=32, rotary_dim=128, tokens=16),
     Variant(dtype=torch.float32, head_dim=128, heads=32, rotary_dim=128),
     Variant(head_dim=256, heads=8, kv_heads=4, rotary_dim=256),
     Variant(head_dim=256, heads=8, kv_heads=4, rotary_dim=256, tokens=64, cache=FP8),
@@ -543,13 +538,15 @@ def _launch(variant: Variant) -> None:
 
 
 def aot_kernels() -> Iterator[aot.AotKernel]:
-    """Every kernel of this op as its launcher would launch it; one configuration for all cards."""
+    """Every kernel of this op as its launcher would launch it on each family of cards."""
     for variant in VARIANTS:
         name = "-".join(str(value).removeprefix("torch.") for value in variant)
         products = "ieee" if variant.dtype == torch.float32 else aot.FEW_ROWS
-        yield from aot.record(
-            name,
-            lambda variant=variant: _launch(variant),
-            products={"_decode_split_kernel": products},
-            quick=variant in QUICK,
-        )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{name}-{family}",
+                functools.partial(_launch, variant),
+                products={"_decode_split_kernel": products},
+                quick=variant in QUICK,
+                cards=cards,
+            )

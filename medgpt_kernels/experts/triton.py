@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from medgpt_kernels import aot
-from medgpt_kernels.attention.triton_fwd import FAMILIES, recording
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.experts.triton_bwd import experts_bwd
 from medgpt_kernels.experts.triton_fwd import experts_fwd
 
@@ -35,19 +34,26 @@ QWEN3 = {"hidden": 2048, "intermediate": 768, "experts": 128, "topk": 8, "plain"
 VARIANTS = (
     Variant(),
     Variant(**PACKED),
+    Variant(packed=True),
+    Variant(packed=True, plain=True),
     Variant(rank=16),
     Variant(tokens=512),
     Variant(tokens=512, **PACKED),
+    Variant(tokens=512, packed=True),
+    Variant(tokens=512, packed=True, plain=True),
+    Variant(tokens=512, rank=16),
     Variant(tokens=64),
     Variant(tokens=64, **PACKED),
     Variant(tokens=1, backward=False),
     Variant(tokens=1, packed=True, backward=False),
+    Variant(tokens=1, dtype=torch.float32, backward=False),
     Variant(dtype=torch.float16, **PACKED),
     Variant(dtype=torch.float32, rank=16),
     Variant(dtype=torch.float32, **PACKED),
     Variant(**MIXTRAL),
     Variant(rank=32, **MIXTRAL),
     Variant(tokens=1024, **QWEN3),
+    Variant(tokens=32, hidden=2000, intermediate=1000, experts=1, topk=1),
     Variant(hidden=2000, intermediate=1000, experts=1, topk=1),  # no multiples of a tile
     Variant(tokens=2**18, **PACKED),  # offsets pass 32 bits
 )
@@ -116,18 +122,17 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
                 plain="plain" if variant.plain else "oai",
             )
         )
-        for family, cards in FAMILIES.items():
-            with recording(family):
-                yield from aot.record(
-                    f"{name}-{family}",
-                    functools.partial(_launch, variant),
-                    products={
-                        "_experts_gate_up_kernel": rows,
-                        "_experts_rows_kernel": rows,
-                        "_experts_down_token_kernel": rows,
-                        "_experts_bwd_hidden_kernel": rows,
-                        "_experts_bwd_weight_kernel": products,
-                    },
-                    quick=variant in QUICK,
-                    cards=cards,
-                )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{name}-{family}",
+                functools.partial(_launch, variant),
+                products={
+                    "_experts_gate_up_kernel": rows,
+                    "_experts_rows_kernel": rows,
+                    "_experts_down_token_kernel": rows,
+                    "_experts_bwd_hidden_kernel": rows,
+                    "_experts_bwd_weight_kernel": products,
+                },
+                quick=variant in QUICK,
+                cards=cards,
+            )

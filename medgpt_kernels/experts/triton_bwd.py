@@ -10,21 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.experts.triton_bwd_weight import Operand, bias_gradient, weight_gradient
 from medgpt_kernels.experts.triton_fwd import Call, activate, gate_and_sigmoid
 from medgpt_kernels.experts.triton_gemm import (
-    CONFIGS,
     experts_block,
     find_rows,
     find_tile,
-    halved,
     product,
     weight,
 )
 from medgpt_kernels.rotary.triton import index_dtype, rows
 
 SORT_BLOCK = 1024
-TOPK_CONFIG = {"BLOCK_S": 4, "BLOCK_H": 256, "num_warps": 4}
 
 
 @triton.jit
@@ -137,6 +135,7 @@ def _experts_bwd_hidden_kernel(
     PLAIN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -165,7 +164,8 @@ def _experts_bwd_hidden_kernel(
     d_hidden = product(
         X + token.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, tile_n * BLOCK_N, n, width,
         depth, stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     weights = tl.load(SortedWeights + row)
     n0 = tile_n * BLOCK_N
@@ -247,12 +247,12 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
         return None, None, None
     weights = weight(call.down, call.down_scales, call.in_out, transposed=True)
     packed = call.down_scales is not None
-    crowded = packed or d_low is not None or call.intermediate % 16
-    tile = halved(d_y, call.tile(packed), CONFIGS if crowded else ("sm_80",))
-    tiles = triton.cdiv(call.intermediate, tile.block_n)
+    marks = ("lora",) if d_low is not None else ("odd",) if call.intermediate % 16 else ()
+    tile = call.tile("experts_bwd_hidden", packed, *marks)
+    parts = triton.cdiv(call.intermediate, tile["BLOCK_N"])
     d_pre = call.empty(*pre_activation.shape) if wanted[0] else None
     hidden = call.empty(call.rows, call.intermediate) if wanted[1] else None
-    partial = call.empty(tiles, call.rows, dtype=torch.float32) if wanted[2] else None
+    partial = call.empty(parts, call.rows, dtype=torch.float32) if wanted[2] else None
     call.launch(
         _experts_bwd_hidden_kernel,
         d_y,
@@ -275,7 +275,8 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
 
 def _topk_gradient(call: Call, d_y, partial) -> torch.Tensor:
     out = call.empty(*call.topk_weights.shape, dtype=torch.float32)
-    _experts_bwd_topk_kernel[(triton.cdiv(call.rows, TOPK_CONFIG["BLOCK_S"]),)](
+    config = tiles.choose("experts_bwd_topk", out)
+    _experts_bwd_topk_kernel[(triton.cdiv(call.rows, config["BLOCK_S"]),)](
         DTopkWeights=out,
         Partial=partial,
         DY=d_y,
@@ -289,7 +290,7 @@ def _topk_gradient(call: Call, d_y, partial) -> torch.Tensor:
         hidden=call.hidden,
         TOPK=call.topk,
         BLOCK_E=experts_block(call.num_experts),
-        **TOPK_CONFIG,
+        **config,
     )
     return out
 

@@ -10,38 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels.attention.triton_fwd import card_family
+from medgpt_kernels import tiles
 from medgpt_kernels.experts.triton_fwd import PRECISION
 from medgpt_kernels.rotary.triton import index_dtype
-
-# by card family, then bits of the dtype
-WEIGHT_CONFIGS = {
-    "interpreter": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 1, "num_stages": 1},
-        16: {"BLOCK_S": 32, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 1, "num_stages": 1},
-    },
-    "sm_80": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 2},
-        16: {"BLOCK_S": 32, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3},
-    },
-    "sm_86": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 2},
-        16: {"BLOCK_S": 32, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3},
-    },
-    "sm_90": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 2},
-        16: {"BLOCK_S": 64, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3},
-    },
-    "sm_100": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 2},
-        16: {"BLOCK_S": 64, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3},
-    },
-    "gfx942": {
-        32: {"BLOCK_S": 32, "BLOCK_I": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 2},
-        16: {"BLOCK_S": 32, "BLOCK_I": 128, "BLOCK_O": 128, "num_warps": 4, "num_stages": 2},
-    },
-}
-BIAS_CONFIG = {"BLOCK_S": 32, "BLOCK_O": 128, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -147,7 +118,7 @@ class Operand(NamedTuple):
 def weight_gradient(call, x: Operand, d_out: Operand, *, out_in: bool, scale: float = 1.0):
     """x^T d_out of each expert as [E, in, out] or [E, out, in]."""
     inputs, outputs = x.rows.shape[1], d_out.rows.shape[1]
-    config = dict(WEIGHT_CONFIGS[card_family(call.x)][call.x.dtype.itemsize * 8])
+    config = tiles.choose("experts_bwd_weight", call.x, str(tiles.bits(call.x)))
     name, columns = ("BLOCK_I", inputs) if out_in else ("BLOCK_O", outputs)
     if columns < config[name]:
         config[name] = max(16, triton.next_power_of_2(columns))
@@ -155,8 +126,8 @@ def weight_gradient(call, x: Operand, d_out: Operand, *, out_in: bool, scale: fl
         if call.x.dtype.itemsize == 2:
             config["BLOCK_S"] = max(config["BLOCK_S"], 64)
     out = call.empty(call.num_experts, *((outputs, inputs) if out_in else (inputs, outputs)))
-    tiles = triton.cdiv(inputs, config["BLOCK_I"]) * triton.cdiv(outputs, config["BLOCK_O"])
-    _experts_bwd_weight_kernel[(call.num_experts * tiles,)](
+    parts = triton.cdiv(inputs, config["BLOCK_I"]) * triton.cdiv(outputs, config["BLOCK_O"])
+    _experts_bwd_weight_kernel[(call.num_experts * parts,)](
         DWeight=out,
         X=x.rows,
         DOut=d_out.rows,
@@ -181,7 +152,8 @@ def bias_gradient(call, d_out: Operand) -> torch.Tensor:
     """The sums of each expert's rows, [E, out]."""
     outputs = d_out.rows.shape[1]
     out = call.empty(call.num_experts, outputs)
-    _experts_bwd_bias_kernel[(call.num_experts * triton.cdiv(outputs, BIAS_CONFIG["BLOCK_O"]),)](
+    config = tiles.choose("experts_bwd_bias", out)
+    _experts_bwd_bias_kernel[(call.num_experts * triton.cdiv(outputs, config["BLOCK_O"]),)](
         DBias=out,
         DOut=d_out.rows,
         GatherD=d_out.gather,
@@ -190,6 +162,6 @@ def bias_gradient(call, d_out: Operand) -> torch.Tensor:
         stride_d_out_s=d_out.rows.stride(0),
         outputs=outputs,
         INDEX=index_dtype(d_out.rows),
-        **BIAS_CONFIG,
+        **config,
     )
     return out

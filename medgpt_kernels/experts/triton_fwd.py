@@ -12,26 +12,24 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.experts.triton_gemm import (
-    CONFIGS,
     check_supported,
     choose,
-    choose_token,
     experts_block,
     find_expert,
     find_rows,
     find_tile,
-    halved,
     low_rank_arguments,
     narrowed,
     product,
     row_tiles,
     weight,
 )
+from medgpt_kernels.experts.triton_unpack import how_to_unpack
 from medgpt_kernels.rotary.triton import index_dtype, rows
 
 FEW_TOKENS = 4  # up to here one launch for the down projection and the sum over experts
-COMBINE_CONFIG = {"BLOCK_T": 4, "BLOCK_H": 256, "num_warps": 4}
 PRECISION = {"INPUT_PRECISION": "ieee"}
 
 
@@ -102,6 +100,7 @@ def _experts_gate_up_kernel(
     PLAIN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -134,7 +133,8 @@ def _experts_gate_up_kernel(
     pre = product(
         X + token.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, n0, column, width, depth,
         stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     if Bias is not None:
         pre += tl.load(Bias + e * width + column, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -182,6 +182,7 @@ def _experts_rows_kernel(
     rank,
     scaling,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INDEX: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -210,7 +211,8 @@ def _experts_rows_kernel(
     out = product(
         X + source.to(INDEX) * stride_x_t, W + e * stride_w_e, Scales, n0, n, width, depth,
         stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, Expand, rank, scaling,
-        stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+        stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+        BLOCK_R,
     )  # fmt: skip
     if Bias is not None:
         out += tl.load(Bias + e * width + n, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -277,6 +279,7 @@ def _experts_down_token_kernel(
     scaling,
     TOPK: tl.constexpr,
     PACKED: tl.constexpr,
+    UNPACK: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -305,7 +308,8 @@ def _experts_down_token_kernel(
         out = product(
             X + row * stride_x_t + m * 0, W + e * stride_w_e, scales, n0, n, width, depth,
             stride_w_k, stride_w_n, stride_scales_row, low_rank_rows, expand, rank, scaling,
-            stride_expand_r, stride_expand_n, PACKED, EVEN_K, INPUT_PRECISION, BLOCK_K, BLOCK_R,
+            stride_expand_r, stride_expand_n, PACKED, UNPACK, EVEN_K, INPUT_PRECISION, BLOCK_K,
+            BLOCK_R,
         )  # fmt: skip
         if Bias is not None:
             out += tl.load(Bias + e * width + n, mask=n < width, other=0).to(tl.float32)[None, :]
@@ -352,8 +356,8 @@ class Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.x.dtype, device=self.x.device)
 
-    def tile(self, packed: bool):
-        return choose(self.x, self.rows, self.num_experts, packed)
+    def tile(self, kernel: str, packed: bool, *marks: str) -> tiles.Tile:
+        return choose(kernel, self.x, self.rows, self.num_experts, packed, *marks)
 
     def product(self, x, weights, low_rank, tile, bias=None) -> dict:
         """The arguments that every kernel with a product of x and these weights shares."""
@@ -364,18 +368,19 @@ class Call:
             "ExpertOffs": self.expert_offs,
             "stride_x_t": x.stride(0),
             "num_experts": self.num_experts,
-            "EVEN_K": weights.depth % tile.block_k == 0,
+            "EVEN_K": weights.depth % tile["BLOCK_K"] == 0,
             "BLOCK_E": experts_block(self.num_experts),
+            "UNPACK": how_to_unpack(x.dtype, tiles.card_family(x)),
             **weights.arguments(),
             **low_rank,
-            **tile.options(),
+            **tile,
             **PRECISION,
         }
 
     def launch(self, kernel, x, weights, low_rank, *, gathered, tile, bias=None, **arguments):
         """One grouped product: a program for each tile of rows and columns."""
-        tiles_n = triton.cdiv(weights.width, tile.block_n)
-        kernel[(row_tiles(self.rows, self.num_experts, tile.block_m) * tiles_n,)](
+        tiles_n = triton.cdiv(weights.width, tile["BLOCK_N"])
+        kernel[(row_tiles(self.rows, self.num_experts, tile["BLOCK_M"]) * tiles_n,)](
             GatherIndices=self.gather if gathered else None,
             **self.product(x, weights, low_rank, tile, bias),
             **arguments,
@@ -384,9 +389,9 @@ class Call:
     def multiply(self, x, weights, *, gathered, bias=None, low_rank=None, dtype=None):
         """rows x W (+ bias, + the low-rank addition), [S, width]."""
         out = self.empty(self.rows, weights.width, dtype=dtype)
-        tile = self.tile(weights.scales is not None)
-        if low_rank is not None and low_rank["LowRank"] is not None:
-            tile = halved(x, tile, ("sm_80",))
+        added = low_rank is not None and low_rank["LowRank"] is not None
+        marks = ("lora",) if added else ()
+        tile = self.tile("experts_rows", weights.scales is not None, *marks)
         self.launch(
             _experts_rows_kernel,
             x,
@@ -413,7 +418,7 @@ class Call:
     def combine(self, sorted_rows, topk_weights=None):
         """Each token's rows summed, by their weights where there are some: [T, H]."""
         out = self.empty(*self.x.shape)
-        config = COMBINE_CONFIG
+        config = tiles.choose("experts_combine", out)
         tiles_t = triton.cdiv(len(out), config["BLOCK_T"])
         tiles_h = triton.cdiv(self.hidden, config["BLOCK_H"])
         _experts_combine_kernel[(tiles_t, tiles_h)](
@@ -431,8 +436,8 @@ class Call:
     def down_token(self, x, weights, low_rank):
         """As multiply and combine, in one launch of a program for each token and its columns."""
         out = self.empty(*self.x.shape)
-        tile = choose_token(x)
-        _experts_down_token_kernel[(len(out) * triton.cdiv(weights.width, tile.block_n),)](
+        tile = tiles.choose("experts_down_token", x, str(tiles.bits(x)))
+        _experts_down_token_kernel[(len(out) * triton.cdiv(weights.width, tile["BLOCK_N"]),)](
             Out=out,
             TopkWeights=self.topk_weights,
             ScatterIndices=self.scatter,
@@ -478,18 +483,14 @@ def experts_fwd(
         hidden = call.empty(call.rows, call.intermediate)
         pre_activation = call.empty(call.rows if keep_pre_activation else 0, weights.width)
         low = call.shrink(call.x, call.gate_up_a, False, gathered=True)
-        crowded = ("sm_100",) if packed else ()
-        if not call.interleaved:
-            crowded += ("sm_80", "sm_86")
-        if low is not None:
-            crowded = CONFIGS
+        marks = ("lora",) if low is not None else () if call.interleaved else ("concatenated",)
         call.launch(
             _experts_gate_up_kernel,
             call.x,
             weights,
             call.low_rank(low, call.gate_up_b, True),
             gathered=True,
-            tile=halved(x, call.tile(packed), crowded),
+            tile=call.tile("experts_gate_up", packed, *marks),
             bias=call.gate_up_bias,
             Hidden=hidden,
             PreActivation=pre_activation if keep_pre_activation else None,

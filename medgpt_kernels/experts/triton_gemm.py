@@ -6,98 +6,20 @@ experts' tiles before its own. Weights are read as W [K, N] by strides, or as MX
 packed along the depth (x W) or along the columns (d_y W^T), which unpack in registers.
 """
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels.attention.triton_fwd import card_family
+from medgpt_kernels import tiles
+from medgpt_kernels.experts.triton_unpack import unpack
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.rotary.triton import DTYPES, INTERPRETED
 
 DENSE = tl.constexpr(0)
 PACKED_DEPTH = tl.constexpr(1)
 PACKED_COLUMNS = tl.constexpr(2)
-
-
-class Tile(NamedTuple):
-    """One configuration of a grouped product."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# By card family, then (bits of the dtype, whether weights are MXFP4, height). fp32 tiles stay below
-# 64 rows: from there Triton 3.6 computes "ieee" products by tcgen05 in plain tf32 on sm_100.
-CONFIGS = {
-    "sm_80": {
-        (16, False, 16): Tile(16, 128, 64, 4, 4),
-        (16, False, 64): Tile(64, 128, 64, 4, 3),
-        (16, False, 128): Tile(128, 128, 64, 8, 3),
-        (16, True, 16): Tile(16, 64, 128, 4, 3),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_86": {
-        (16, False, 16): Tile(16, 128, 64, 4, 3),
-        (16, False, 64): Tile(64, 128, 32, 4, 3),
-        (16, False, 128): Tile(128, 128, 32, 8, 3),
-        (16, True, 16): Tile(16, 64, 128, 4, 3),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 32, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_90": {
-        (16, False, 16): Tile(16, 128, 64, 4, 5),
-        (16, False, 64): Tile(64, 128, 64, 4, 4),
-        (16, False, 128): Tile(128, 128, 64, 8, 4),
-        (16, True, 16): Tile(16, 64, 128, 4, 4),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "sm_100": {
-        (16, False, 16): Tile(16, 128, 64, 4, 5),
-        (16, False, 64): Tile(64, 128, 64, 4, 4),
-        (16, False, 128): Tile(128, 128, 64, 8, 4),
-        (16, True, 16): Tile(16, 64, 128, 4, 4),
-        (16, True, 64): Tile(64, 128, 64, 4, 3),
-        (16, True, 128): Tile(128, 128, 64, 8, 3),
-        (32, False, 32): Tile(32, 64, 32, 4, 3),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-    "gfx942": {
-        (16, False, 16): Tile(16, 128, 64, 4, 2),
-        (16, False, 64): Tile(64, 128, 64, 4, 2),
-        (16, False, 128): Tile(128, 128, 32, 4, 2),
-        (16, True, 16): Tile(16, 64, 128, 4, 2),
-        (16, True, 64): Tile(64, 128, 32, 4, 2),
-        (16, True, 128): Tile(128, 128, 32, 4, 2),
-        (32, False, 32): Tile(32, 64, 32, 4, 2),
-        (32, True, 32): Tile(32, 64, 32, 4, 2),
-    },
-}
-# for a token of its own, by bits: few columns, so that one token's programs fill a card
-TOKEN_CONFIGS = {16: Tile(16, 16, 256, 4, 4), 32: Tile(16, 16, 128, 4, 2)}
-INTERPRETER = Tile(32, 128, 128, 1, 1)
 
 
 @triton.jit
@@ -136,34 +58,11 @@ def find_rows(first, end, GatherIndices, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _unpack(Blocks, Scales, row, block, mask, stride_row, stride_scale_row, DTYPE: tl.constexpr):
-    """MXFP4 values [R, 32 C] of `row` [R] and `block` [C].
-
-    Exact but for what DTYPE cannot hold, which rounds to nearest even or overflows to infinity;
-    scale byte 255 makes NaN.
-    """
-    byte = tl.arange(0, 16)
-    where = row[:, None] * stride_row + block[None, :] * 16  # [R, C]
-    code = tl.load(Blocks + where[:, :, None] + byte, mask=mask[:, :, None], other=0).to(tl.uint32)
-    scale = tl.load(
-        Scales + row[:, None] * stride_scale_row + block[None, :], mask=mask, other=0
-    ).to(tl.uint32)
-    bits = tl.where(scale == 0, 0x400000, tl.where(scale == 255, 0x7FC00000, scale << 23))
-    scale = bits.to(tl.float32, bitcast=True)[:, :, None]
-    # exponent and mantissa moved to where fp32 has them: 2^126 times too small, subnormals included
-    low = ((code << 22) & 0x1C00000) | ((code << 28) & 0x80000000)
-    high = ((code << 18) & 0x1C00000) | ((code << 24) & 0x80000000)
-    low = (low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale).to(DTYPE)
-    high = (high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale).to(DTYPE)
-    return tl.reshape(tl.join(low, high), [row.shape[0], block.shape[0] * 32])
-
-
-@triton.jit
 def product(
     x_rows, W, Scales, n0, n, width, depth, stride_w_k, stride_w_n, stride_scales_row,
     low_rank_rows, Expand, rank, scaling, stride_expand_r, stride_expand_n,
-    PACKED: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PACKED: tl.constexpr, UNPACK: tl.constexpr, EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x W of one expert, fp32 [M, N], and scaling (low_rank Expand) where there is such.
 
@@ -187,11 +86,12 @@ def product(
         if PACKED == PACKED_DEPTH:
             block = k0 // 32 + tl.arange(0, BLOCK_K // 32)
             mask = (n < width)[:, None] & (block * 32 < depth)[None, :]
-            w = tl.trans(_unpack(W, Scales, n, block, mask, stride_w_n, stride_scales_row, DTYPE))
+            w = unpack(W, Scales, n, block, mask, stride_w_n, stride_scales_row, DTYPE, UNPACK)
+            w = tl.trans(w)
         elif PACKED == PACKED_COLUMNS:
             block = n0 // 32 + tl.arange(0, BLOCK_N // 32)
             mask = (k < depth)[:, None] & (block * 32 < width)[None, :]
-            w = _unpack(W, Scales, k, block, mask, stride_w_k, stride_scales_row, DTYPE)
+            w = unpack(W, Scales, k, block, mask, stride_w_k, stride_scales_row, DTYPE, UNPACK)
         else:
             w = tl.load(W + k[:, None] * stride_w_k + n[None, :] * stride_w_n, mask=inside, other=0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
@@ -286,33 +186,23 @@ def check_supported(x, topk_weights, *weights) -> None:
         raise Unsupported("one expert's weights of 2^31 elements or more in Triton")
 
 
-def choose(x: torch.Tensor, rows: int, num_experts: int, packed: bool) -> Tile:
-    """The tile whose height fits the rows that an expert has on average."""
-    family = card_family(x)
-    if family == "interpreter":
-        return INTERPRETER
+def choose(kernel: str, x: torch.Tensor, rows: int, num_experts: int, packed: bool, *marks: str):
+    """The tile of a product whose height fits the rows that an expert has on average.
+
+    Args:
+        kernel: as the table names it.
+        marks: what may want another tile: "lora", "concatenated", "odd"; the first with one wins.
+    """
     mean = triton.cdiv(rows, num_experts)
     height = 16 if mean <= 16 else 64 if mean <= 64 else 128
-    bits = x.dtype.itemsize * 8
-    return CONFIGS[family][bits, packed, 32 if bits == 32 else height]
+    bits = tiles.bits(x)
+    key = f"{bits}-{'mxfp4' if packed else 'dense'}-{32 if bits == 32 else height}"
+    return tiles.choose(kernel, x, *(f"{key}-{mark}" for mark in marks), key)
 
 
-def halved(x: torch.Tensor, tile: Tile, families: Collection[str]) -> Tile:
-    """Half the columns on card families where the activation behind the product would spill."""
-    full = tile.block_m >= 64 and card_family(x) in families
-    return tile._replace(block_n=64, block_k=64) if full else tile
-
-
-def choose_token(x: torch.Tensor) -> Tile:
-    """The tile for a token of its own."""
-    if card_family(x) == "interpreter":
-        return INTERPRETER
-    return TOKEN_CONFIGS[x.dtype.itemsize * 8]
-
-
-def narrowed(tile: Tile, columns: int) -> Tile:
+def narrowed(tile: tiles.Tile, columns: int) -> tiles.Tile:
     """The same tile with no more columns than a narrow product has."""
-    return tile._replace(block_n=min(tile.block_n, max(16, triton.next_power_of_2(columns))))
+    return tile | {"BLOCK_N": min(tile["BLOCK_N"], max(16, triton.next_power_of_2(columns)))}
 
 
 def experts_block(num_experts: int) -> int:

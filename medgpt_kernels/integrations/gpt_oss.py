@@ -6,6 +6,7 @@ B rows of S tokens, H query heads, G key and value heads, D head_dim, N packed s
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssAttention,
+    GptOssDecoderLayer,
     GptOssPreTrainedModel,
     GptOssTopKRouter,
 )
@@ -13,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from medgpt_kernels import native
 from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations import transformers as interface
+from medgpt_kernels.integrations.int8 import Int8Linear
 from medgpt_kernels.integrations.moe import FusedGptOssRouter
 from medgpt_kernels.integrations.paged_cache import PagedCache
 from medgpt_kernels.integrations.sequences import once
@@ -175,9 +177,12 @@ def _from_0(position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tenso
     return position_ids - position_ids[cu_seqlens.long()[sequence]]
 
 
-def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
+def patch(
+    model: torch.nn.Module, *, strict: bool = False, projections: str | None = None
+) -> dict[str, str]:
     """See integrations.transformers.patch."""
-    routers = {n: m for n, m in model.named_modules() if type(m) is GptOssTopKRouter}
+    if projections not in (None, "int8"):
+        refuse('projections None or "int8"', projections)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, GptOssAttention)}
     fresh = {n: m for n, m in layers.items() if type(m) is GptOssAttention}
     known = [m for m in layers.values() if isinstance(m, FusedGptOssAttention)]
@@ -185,32 +190,39 @@ def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
         raise ValueError(
             f"medgpt_kernels: expected gpt-oss attention in the model, got {type(model).__name__}"
         )
-    if not fresh:
-        return {}
+    replaced = _fuse(model, fresh, known) if fresh else {}
+    if projections == "int8":
+        for name, module in _linears(model, layers).items():
+            model.set_submodule(name, Int8Linear.quantize(module))
+            replaced[name] = Int8Linear.__name__
+    return replaced
+
+
+def _fuse(model: torch.nn.Module, fresh: dict, known: list) -> dict[str, str]:
+    """Give the modules of these attention layers, and of what is around them, their new classes."""
+    from medgpt_kernels.integrations.decoder_layer import FusedGptOssLayer
+
     interface.register()
     tables = {id(m.config): m.rotary_tables for m in known}
     for layer in fresh.values():
         if id(layer.config) not in tables:
             tables[id(layer.config)] = RotaryTables(layer.config)
         layer.rotary_tables = tables[id(layer.config)]
-        layer.__class__ = FusedGptOssAttention
+    kinds = {
+        GptOssAttention: FusedGptOssAttention,
+        GptOssTopKRouter: FusedGptOssRouter,
+        GptOssDecoderLayer: FusedGptOssLayer,
+    }
+    found = [(n, m, kinds[type(m)]) for n, m in model.named_modules() if type(m) in kinds]
+    linears = _linears(model, fresh).items()
+    found += [(n, m, FewRowsLinear) for n, m in linears if type(m) is torch.nn.Linear]
     for part in model.modules():
         if isinstance(part, GptOssPreTrainedModel):
             part.set_attn_implementation(interface.NAME)
             part.set_experts_implementation(interface.NAME)
-    linears = _linears(model, fresh)
-    for modules, kind in ((routers, FusedGptOssRouter), (linears, FewRowsLinear)):
-        for module in modules.values():
-            module.__class__ = kind
-    return {
-        name: kind.__name__
-        for modules, kind in (
-            (fresh, FusedGptOssAttention),
-            (routers, FusedGptOssRouter),
-            (linears, FewRowsLinear),
-        )
-        for name in modules
-    }
+    for _, module, kind in found:
+        module.__class__ = kind
+    return {name: kind.__name__ for name, _, kind in found}
 
 
 def _linears(model: torch.nn.Module, layers: dict[str, GptOssAttention]) -> dict:
@@ -221,4 +233,8 @@ def _linears(model: torch.nn.Module, layers: dict[str, GptOssAttention]) -> dict
         for part in ("q_proj", "k_proj", "v_proj", "o_proj")
     }
     found["lm_head"] = getattr(model, "lm_head", None)
-    return {name: module for name, module in found.items() if type(module) is torch.nn.Linear}
+    return {
+        name: module
+        for name, module in found.items()
+        if type(module) is torch.nn.Linear or isinstance(module, FewRowsLinear)
+    }

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from medgpt_kernels import native
 from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations.headers import read_headers
 from medgpt_kernels.integrations.moe import experts_forward
@@ -48,9 +49,9 @@ class PackedExperts(torch.nn.Module):
         ):
             if columns % BLOCK:
                 raise ValueError(f"medgpt_kernels: expected sizes in {BLOCK}s, got {columns}")
-            blocks = torch.zeros(self.num_experts, rows, columns // BLOCK, 16, dtype=torch.uint8)
+            blocks = torch.empty(self.num_experts, rows, columns // BLOCK, 16, dtype=torch.uint8)
             parts = {
-                "blocks": blocks,
+                "blocks": native.advise_huge_pages(blocks).zero_(),
                 "scales": torch.zeros(blocks.shape[:-1], dtype=torch.uint8),
                 "bias": torch.zeros(self.num_experts, rows, dtype=dtype),
             }

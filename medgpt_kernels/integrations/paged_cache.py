@@ -383,6 +383,30 @@ class PagedCache(Cache):
         layer.seen += step.tokens
         return out
 
+    def step(
+        self,
+        layer_idx: int,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        *,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        window: int | None,
+    ) -> tuple[PagedLayer, torch.Tensor, torch.Tensor] | None:
+        """A layer, its sequences' lengths and table, for a kernel that appends by itself.
+
+        It adds `tokens` to the layer's `seen` when it is done. None where `attend` has to do it:
+        before its pages exist, with padding, or with more tokens than a ring takes at once.
+        """
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized or window != layer.window or layer.k_pages.dtype != dtype:
+            return None
+        if position_ids is None or (window and tokens > self._pages[window].most):
+            return None
+        step = self._enter(layer, batch, tokens, mask, position_ids)
+        return None if step.rows is not None else (layer, step.cached, step.tables[window])
+
     def _prefill(self, layer, q, k, v, step: _Step, rotary: Rotary, options: dict) -> torch.Tensor:
         """The first tokens: attention over themselves."""
         if step.valid is None:

@@ -28,7 +28,7 @@ __all__ = ["add_expert_lora", "load_mxfp4", "patch", "register"]
 NAME = "medgpt_kernels"
 
 # What models hand through to attention and no attention function uses.
-_OF_NO_CONCERN = {
+OF_NO_CONCERN = {
     "cache_position",
     "layer_idx",
     "logits_to_keep",
@@ -103,26 +103,32 @@ def load_mxfp4(directory, *, dtype: torch.dtype = torch.bfloat16, **options):
     return model
 
 
-def patch(model: torch.nn.Module, *, strict: bool = False) -> dict[str, str]:
+def patch(
+    model: torch.nn.Module, *, strict: bool = False, projections: str | None = None
+) -> dict[str, str]:
     """Put fused rotary, attention, routing and experts into the gpt-oss layers, in place.
 
     The model may be gpt-oss or hold it as its text part. Parameters and state-dict names stay. On
-    the CPU, the projections around attention and the head get a kernel for few rows, fp32 or bf16.
+    the CPU, the projections around attention and the head get a kernel for few rows, fp32 or bf16,
+    and a layer's decoding step with a PagedCache and MXFP4 experts is one native call.
 
     Args:
         model: any module.
         strict: raise where there is no gpt-oss attention in it.
+        projections: None, or "int8": the projections around attention and the head are rounded to
+            8 bits in blocks of 32 (`integrations.int8.Int8Linear`, as in llama.cpp's Q8_0). For
+            inference: half the bytes of bf16, frozen, and saved under other names.
 
     Returns:
         Name of each module replaced by this call, and the class that took its place; a second call
         replaces nothing.
 
     Raises:
-        ValueError: under strict.
+        ValueError: under strict; another name of projections.
     """
     from medgpt_kernels.integrations import gpt_oss
 
-    return gpt_oss.patch(model, strict=strict)
+    return gpt_oss.patch(model, strict=strict, projections=projections)
 
 
 def attention_mask(
@@ -208,7 +214,7 @@ def check_options(module, dropout, sliding_window, len_k: int, kwargs: dict) -> 
             refuse(f"no {name}", given if isinstance(given, (int, float)) else "one")
     used = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
     for name, given in kwargs.items():
-        known = name in used or name in _OF_NO_CONCERN or name == "deterministic"
+        known = name in used or name in OF_NO_CONCERN or name == "deterministic"
         if not known and given is not None and given is not False:
             refuse("no other arguments for attention", name)
     if sliding_window is not None and sliding_window < 1:

@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.mxfp4.reference import BLOCK
 from medgpt_kernels.registry import Unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CONFIG = {"BLOCK_R": 64, "num_warps": 4}
 
 
 @triton.jit
@@ -89,9 +88,10 @@ def mxfp4_quantize(w):
     blocks = torch.empty(*shape, BLOCK // 2, dtype=torch.uint8, device=w.device)
     count = scales.numel()
     if count > 0:
+        config = tiles.choose("mxfp4_quantize", w)
         with torch.cuda.device_of(w):
-            _mxfp4_quantize_kernel[(triton.cdiv(count, CONFIG["BLOCK_R"]),)](
-                Words=blocks.view(torch.int32), Scales=scales, W=w, count=count, **CONFIG
+            _mxfp4_quantize_kernel[(triton.cdiv(count, config["BLOCK_R"]),)](
+                Words=blocks.view(torch.int32), Scales=scales, W=w, count=count, **config
             )
     return blocks, scales
 
@@ -103,9 +103,10 @@ def mxfp4_dequantize(blocks, scales, dtype):
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
     count = scales.numel()
     if count > 0:
+        config = tiles.choose("mxfp4_dequantize", blocks)
         with torch.cuda.device_of(blocks):
-            _mxfp4_dequantize_kernel[(triton.cdiv(count, CONFIG["BLOCK_R"]),)](
-                Out=out, Blocks=blocks, Scales=scales, count=count, **CONFIG
+            _mxfp4_dequantize_kernel[(triton.cdiv(count, config["BLOCK_R"]),)](
+                Out=out, Blocks=blocks, Scales=scales, count=count, **config
             )
     return out
 
@@ -118,9 +119,11 @@ def _launch_meta(dtype: torch.dtype) -> None:
 def aot_kernels() -> Iterator[aot.AotKernel]:
     """Both kernels for gpt-oss's up-projection."""
     for dtype in DTYPES:
-        yield from aot.record(
-            str(dtype).removeprefix("torch."),
-            functools.partial(_launch_meta, dtype),
-            products={},
-            quick=dtype == torch.bfloat16,
-        )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{str(dtype).removeprefix('torch.')}-{family}",
+                functools.partial(_launch_meta, dtype),
+                products={},
+                quick=dtype == torch.bfloat16,
+                cards=cards,
+            )

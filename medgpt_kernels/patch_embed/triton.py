@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.patch_embed.triton_bwd import patch_embed_bwd
 from medgpt_kernels.patch_embed.triton_fwd import patch_embed_fwd
 
@@ -73,17 +73,20 @@ def _launch(variant: Variant) -> None:
 
 
 def aot_kernels() -> Iterator[aot.AotKernel]:
-    """Every kernel of this op as its launchers would launch it."""
+    """Every kernel of this op as its launchers would launch it on each family of cards."""
     for variant in VARIANTS:
         products = "ieee" if variant.weight == torch.float32 else "half"
-        yield from aot.record(
-            "-".join(str(value).removeprefix("torch.") for value in variant if value is not None),
-            functools.partial(_launch, variant),
-            products={
-                "_patch_embed_fwd_kernel": products,
-                "_patch_embed_bwd_weight_kernel": products,
-                "_patch_embed_bwd_pixels_kernel": products,
-                "_patch_embed_bwd_position_kernel": "ieee",
-            },
-            quick=variant in QUICK,
-        )
+        name = "-".join(str(value).removeprefix("torch.") for value in variant if value is not None)
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{name}-{family}",
+                functools.partial(_launch, variant),
+                products={
+                    "_patch_embed_fwd_kernel": products,
+                    "_patch_embed_bwd_weight_kernel": products,
+                    "_patch_embed_bwd_pixels_kernel": products,
+                    "_patch_embed_bwd_position_kernel": "ieee",
+                },
+                quick=variant in QUICK,
+                cards=cards,
+            )

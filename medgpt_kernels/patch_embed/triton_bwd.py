@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.patch_embed.triton_fwd import (
     MODES,
+    PRECISION,
     _axis,
     _by_channel,
     _find_image,
@@ -28,46 +30,6 @@ from medgpt_kernels.patch_embed.triton_fwd import (
 )
 from medgpt_kernels.registry import Unsupported
 
-# tiles by bits of the weight's dtype, as in triton_fwd.py
-WEIGHT_CONFIGS = {
-    16: {
-        "BLOCK_T": 32,
-        "BLOCK_D": 128,
-        "BLOCK_K": 128,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 8,
-        "num_stages": 2,
-    },
-    32: {
-        "BLOCK_T": 16,
-        "BLOCK_D": 32,
-        "BLOCK_K": 128,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-}
-PIXEL_CONFIGS = {
-    16: {
-        "BLOCK_T": 128,
-        "BLOCK_D": 64,
-        "BLOCK_K": 128,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 8,
-        "num_stages": 3,
-    },
-    32: {
-        "BLOCK_T": 32,
-        "BLOCK_D": 16,
-        "BLOCK_K": 128,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
-        "num_stages": 2,
-    },
-}
-# the position gradient is fp32 throughout
-TABLE_CONFIG = {"BLOCK_X": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
-SUM_CONFIG = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 REDUCE_BLOCK = 1024
 PROGRAMS = 512  # about how many a launch is split into
 
@@ -401,13 +363,13 @@ def _split(items: int, block: int, programs: int) -> tuple[int, int]:
 def _d_weight(d_tokens, pixels, weight, layout, images, rows, patch_size, weight_layout, mean, std):
     cu_seqlens, grid_sizes = layout
     width, depth = weight.shape[0], weight[0].numel()
-    config = WEIGHT_CONFIGS[weight.dtype.itemsize * 8]
-    tiles = triton.cdiv(width, config["BLOCK_D"]) * triton.cdiv(depth, config["BLOCK_K"])
-    splits, each = _split(images.numel(), config["BLOCK_T"], tiles)
+    config = tiles.choose("patch_embed_bwd_weight", weight, str(tiles.bits(weight)))
+    programs = triton.cdiv(width, config["BLOCK_D"]) * triton.cdiv(depth, config["BLOCK_K"])
+    splits, each = _split(images.numel(), config["BLOCK_T"], programs)
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     strides = weight_strides(partial[0], patch_size, weight_layout)
     is_bytes = pixels.dtype == torch.uint8
-    _patch_embed_bwd_weight_kernel[(splits * tiles,)](
+    _patch_embed_bwd_weight_kernel[(splits * programs,)](
         Partial=partial,
         DTokens=d_tokens,
         Pixels=pixels.contiguous(),
@@ -427,6 +389,7 @@ def _d_weight(d_tokens, pixels, weight, layout, images, rows, patch_size, weight
         DENSE=runs_in_pixel_order(strides, patch_size, is_bytes),
         DTYPE=TL_DTYPES[weight.dtype],
         INDEX=index_dtype(d_tokens, pixels, partial),
+        **PRECISION,
         **config,
     )
     return _sum_partials(
@@ -436,10 +399,11 @@ def _d_weight(d_tokens, pixels, weight, layout, images, rows, patch_size, weight
 
 def _d_bias(d_tokens, bias, images, rows):
     width = bias.shape[0]
-    tiles = triton.cdiv(width, SUM_CONFIG["BLOCK_D"])
-    splits, each = _split(images.numel(), SUM_CONFIG["BLOCK_T"], tiles)
+    config = tiles.choose("patch_embed_bwd_bias", bias)
+    programs = triton.cdiv(width, config["BLOCK_D"])
+    splits, each = _split(images.numel(), config["BLOCK_T"], programs)
     partial = torch.empty(splits, width, dtype=torch.float32, device=bias.device)
-    _patch_embed_bwd_bias_kernel[(splits, tiles)](
+    _patch_embed_bwd_bias_kernel[(splits, programs)](
         Partial=partial,
         DTokens=d_tokens,
         Images=images,
@@ -450,7 +414,7 @@ def _d_bias(d_tokens, bias, images, rows):
         prefix_rows=rows,
         width=width,
         INDEX=index_dtype(d_tokens),
-        **SUM_CONFIG,
+        **config,
     )
     return _sum_partials(partial, torch.empty(width, dtype=bias.dtype, device=bias.device))
 
@@ -462,7 +426,8 @@ def _d_position(d_tokens, table, layout, patches, rows, interpolation):
     taps = make_taps(cu_seqlens, grid_sizes, patches, rows, side, interpolation)
     block_g = min(max(triton.next_power_of_2(side), 16), 32)
     cells = side * triton.cdiv(side, block_g)
-    tiles_d = triton.cdiv(width, TABLE_CONFIG["BLOCK_D"])
+    config = tiles.choose("patch_embed_bwd_position", table)
+    tiles_d = triton.cdiv(width, config["BLOCK_D"])
     each = triton.cdiv(images, min(images, triton.cdiv(PROGRAMS, cells * tiles_d)))
     splits = triton.cdiv(images, each)
     partial = torch.empty(splits, *table.shape, dtype=torch.float32, device=table.device)
@@ -482,7 +447,7 @@ def _d_position(d_tokens, table, layout, patches, rows, interpolation):
         MODE=MODES[interpolation],
         INDEX=index_dtype(d_tokens, taps, partial),
         BLOCK_G=block_g,
-        **TABLE_CONFIG,
+        **config,
     )
     return _sum_partials(partial, torch.empty(table.shape, dtype=table.dtype, device=table.device))
 
@@ -492,7 +457,8 @@ def _d_prefix(d_tokens, prefix, cu_seqlens):
     out = torch.empty(prefix.shape, dtype=prefix.dtype, device=prefix.device)
     if out.numel() == 0:
         return out
-    _patch_embed_bwd_prefix_kernel[(rows, triton.cdiv(width, SUM_CONFIG["BLOCK_D"]))](
+    config = tiles.choose("patch_embed_bwd_prefix", prefix)
+    _patch_embed_bwd_prefix_kernel[(rows, triton.cdiv(width, config["BLOCK_D"]))](
         DPrefix=out,
         DTokens=d_tokens,
         CuSeqlens=cu_seqlens,
@@ -501,9 +467,7 @@ def _d_prefix(d_tokens, prefix, cu_seqlens):
         num_images=cu_seqlens.shape[0] - 1,
         width=width,
         INDEX=index_dtype(d_tokens),
-        BLOCK_N=SUM_CONFIG["BLOCK_T"],
-        BLOCK_D=SUM_CONFIG["BLOCK_D"],
-        num_warps=SUM_CONFIG["num_warps"],
+        **config,
     )
     return out
 
@@ -514,13 +478,13 @@ def _d_pixels(
     cu_seqlens, grid_sizes = layout
     images, width = grid_sizes.shape[0], weight.shape[0]
     strides = weight_strides(weight, patch_size, weight_layout)
-    config = PIXEL_CONFIGS[weight.dtype.itemsize * 8]
-    tiles = triton.cdiv(patches, config["BLOCK_T"]) * triton.cdiv(
+    config = tiles.choose("patch_embed_bwd_pixels", weight, str(tiles.bits(weight)))
+    programs = triton.cdiv(patches, config["BLOCK_T"]) * triton.cdiv(
         3 * patch_size * patch_size, config["BLOCK_K"]
     )
     scales = {k: v for k, v in normalisation(pixels, mean, std).items() if "scale" in k}
     out = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
-    _patch_embed_bwd_pixels_kernel[(tiles,)](
+    _patch_embed_bwd_pixels_kernel[(programs,)](
         DPixels=out,
         DTokens=d_tokens,
         Weight=weight,
@@ -538,6 +502,7 @@ def _d_pixels(
         P=patch_size,
         DENSE=runs_in_pixel_order(strides, patch_size, False),
         INDEX=index_dtype(d_tokens, pixels, weight),
+        **PRECISION,
         **config,
     )
     return out

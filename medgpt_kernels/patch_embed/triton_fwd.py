@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
 from medgpt_kernels.registry import Unsupported
 
 BILINEAR_ANTIALIAS = tl.constexpr(0)
@@ -22,28 +23,8 @@ MODES = {
     "bicubic_antialias": 3,
 }
 INT32_ELEMENTS = 2**31
+PRECISION = {"INPUT_PRECISION": "ieee"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Tiles by bits of the weight's dtype. fp32 ones stay below 64 rows: from there Triton 3.6 computes
-# "ieee" products by tcgen05 in plain tf32 on sm_100.
-CONFIGS = {
-    16: {
-        "BLOCK_T": 128,
-        "BLOCK_D": 128,
-        "BLOCK_K": 32,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 8,
-        "num_stages": 3,
-    },
-    32: {
-        "BLOCK_T": 32,
-        "BLOCK_D": 128,
-        "BLOCK_K": 16,
-        "INPUT_PRECISION": "ieee",
-        "num_warps": 4,
-        "num_stages": 1,
-    },
-}
 
 
 @triton.jit
@@ -471,7 +452,7 @@ def patch_embed_fwd(
     rows = 0 if prefix is None else prefix.shape[0]
     is_bytes = pixels.dtype == torch.uint8
     strides = weight_strides(weight, patch_size, weight_layout)
-    config = CONFIGS[weight.dtype.itemsize * 8]
+    config = tiles.choose("patch_embed_fwd", weight, str(tiles.bits(weight)))
     tokens = weight.new_empty(patches + rows * images, width)
     coords = torch.empty(len(tokens), 2, dtype=torch.int32, device=pixels.device)
     with torch.cuda.device_of(pixels):
@@ -491,8 +472,8 @@ def patch_embed_fwd(
         if position_embedding is not None:
             side = position_embedding.shape[0]
             taps = make_taps(cu_seqlens, grid_sizes, patches, rows, side, interpolation)
-        tiles = triton.cdiv(patches, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_D"])
-        _patch_embed_fwd_kernel[(tiles,)](
+        programs = triton.cdiv(patches, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_D"])
+        _patch_embed_fwd_kernel[(programs,)](
             Tokens=tokens,
             PatchCoords=coords,
             Pixels=pixels.contiguous(),
@@ -515,6 +496,7 @@ def patch_embed_fwd(
             DENSE=runs_in_pixel_order(strides, patch_size, is_bytes),
             MODE=MODES[interpolation],
             INDEX=index_dtype(pixels, weight, tokens, taps, position_embedding),
+            **PRECISION,
             **config,
         )
     return tokens, cu_seqlens, grid_sizes, coords

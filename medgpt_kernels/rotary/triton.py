@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.registry import Unsupported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CONFIG = {"BLOCK_T": 16, "BLOCK_H": 8, "num_warps": 4}  # for half = 32, fewer tokens beyond
 
 
 @triton.jit
@@ -192,7 +191,8 @@ def rotate(q, k, cos, sin, position_ids, cu_seqlens, *, inverse: bool = False):
     tokens, q_heads, head_dim = q.shape[-3:]
     k_heads, half = 0 if k is None else k.shape[-2], cos.shape[1]
     block_half = triton.next_power_of_2(half)
-    config = CONFIG | {"BLOCK_T": max(1, CONFIG["BLOCK_T"] * 32 // max(block_half, 32))}
+    config = tiles.choose("rotary", q)
+    config["BLOCK_T"] = max(1, config["BLOCK_T"] * 32 // max(block_half, 32))  # half = 32 as told
     tiles_h = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     batches = q.shape[0] if q.ndim == 4 else 1
     unit = stride_unit(q, k)
@@ -256,9 +256,11 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
         (torch.bfloat16, 80, 20, True),
         (torch.float16, 256, 256, True),
     ):
-        yield from aot.record(
-            f"{str(dtype).removeprefix('torch.')}-{head_dim}-{rotary_dim}-{packed}",
-            functools.partial(_launch_meta, dtype, head_dim, rotary_dim, packed),
-            products={},
-            quick=head_dim == 64,
-        )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{str(dtype).removeprefix('torch.')}-{head_dim}-{rotary_dim}-{packed}-{family}",
+                functools.partial(_launch_meta, dtype, head_dim, rotary_dim, packed),
+                products={},
+                quick=head_dim == 64,
+                cards=cards,
+            )

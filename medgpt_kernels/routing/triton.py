@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from medgpt_kernels import aot
+from medgpt_kernels import aot, tiles
 from medgpt_kernels.registry import Unsupported
 from medgpt_kernels.routing.triton_bwd import d_logits_of, d_weight_of, d_x_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCORING_CODES = {"topk_softmax": 0, "softmax_topk": 1, "sigmoid": 2}
 FEW_TILES = 256  # more are scanned
-CHUNK = 32  # tiles whose counts are read at a time
+WIDE = 128  # more experts than this take tiles of their own
 MAX_EXPERTS = 1024
 
 
@@ -239,13 +239,14 @@ def check_supported(x: torch.Tensor, num_experts: int) -> None:
         raise Unsupported(f"{num_experts} experts in Triton, at most {MAX_EXPERTS}")
 
 
-def _tile(tokens: int, num_experts: int, topk: int) -> dict[str, int]:
+def _tile(like: torch.Tensor, tokens: int, num_experts: int, topk: int) -> tiles.Tile:
+    """What the launches over tiles of tokens share."""
     block_e = max(16, triton.next_power_of_2(num_experts))
+    key = "wide" if block_e > WIDE else "few" if tokens <= 16 * FEW_TILES else "many"
     return {
-        "BLOCK_T": 16 if tokens <= 16 * FEW_TILES or block_e > 128 else 32,
+        **tiles.choose("routing", like, key),
         "BLOCK_E": block_e,
         "BLOCK_K": triton.next_power_of_2(topk),
-        "num_warps": 4 if block_e <= 128 else 8,
     }
 
 
@@ -262,21 +263,21 @@ def _order_outputs(slots: int, num_experts: int, device) -> dict[str, torch.Tens
 def _sort_tiles(topk_ids, tile_hist, order, tile) -> None:
     """The launches after every tile's counts are known."""
     (tokens, topk), num_experts = topk_ids.shape, tile_hist.shape[1]
-    tiles = tile_hist.shape[0] - 1
-    if tiles > FEW_TILES:
+    count = tile_hist.shape[0] - 1
+    if count > FEW_TILES:
         _routing_scan_kernel[(num_experts,)](
-            TileHist=tile_hist, tiles=tiles, EXPERTS=num_experts, BLOCK=1024, num_warps=4
+            TileHist=tile_hist, tiles=count, EXPERTS=num_experts, BLOCK=1024, num_warps=4
         )
-    _routing_order_kernel[(max(tiles, 1),)](
+    _routing_order_kernel[(max(count, 1),)](
         TopkIds=topk_ids,
         TileHist=tile_hist,
         **order,
         tokens=tokens,
-        tiles=tiles,
+        tiles=count,
         EXPERTS=num_experts,
         TOPK=topk,
-        SCANNED=tiles > FEW_TILES,
-        CHUNK=CHUNK if tile["BLOCK_E"] <= 128 else CHUNK // 4,
+        SCANNED=count > FEW_TILES,
+        **tiles.choose("routing_order", topk_ids, *(["wide"] if tile["BLOCK_E"] > WIDE else [])),
         **tile,
     )
 
@@ -288,14 +289,14 @@ def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, 
     weights = torch.empty(tokens, topk, dtype=torch.float32, device=device)
     ids = torch.empty(tokens, topk, dtype=torch.int32, device=device)
     order = _order_outputs(tokens * topk, num_experts, device)
-    tile = _tile(tokens, num_experts, topk)
-    tiles = triton.cdiv(tokens, tile["BLOCK_T"])
-    single = tiles <= 1
-    shape = (1 if single else tiles + 1, num_experts)
+    tile = _tile(logits, tokens, num_experts, topk)
+    count = triton.cdiv(tokens, tile["BLOCK_T"])
+    single = count <= 1
+    shape = (1 if single else count + 1, num_experts)
     tile_hist = torch.empty(shape, dtype=torch.int32, device=device)
-    fp32 = logits.dtype if x is None else x.dtype
+    columns = "wide" if tile["BLOCK_E"] > WIDE else str(tiles.bits(logits if x is None else x))
     with torch.cuda.device_of(logits):
-        _routing_fwd_kernel[(max(tiles, 1),)](
+        _routing_fwd_kernel[(max(count, 1),)](
             X=x,
             Weight=weight,
             Bias=bias,
@@ -314,7 +315,7 @@ def _forward(x, weight, bias, logits, correction_bias, topk_ids, topk, scoring, 
             SCORING=SCORING_CODES[scoring],
             RENORMALIZE=renormalize,
             SINGLE=single,
-            BLOCK_H=(32 if fp32 == torch.float32 else 64) if tile["BLOCK_E"] <= 128 else 16,
+            **tiles.choose("routing_fwd", logits, columns),
             **tile,
         )
         if not single:
@@ -354,12 +355,12 @@ def routing_sort(topk_ids, num_experts):
     topk_ids = topk_ids.contiguous()
     tokens, topk = topk_ids.shape
     order = _order_outputs(tokens * topk, num_experts, topk_ids.device)
-    tile = _tile(tokens, num_experts, topk)
-    tiles = triton.cdiv(tokens, tile["BLOCK_T"])
-    tile_hist = torch.empty(tiles + 1, num_experts, dtype=torch.int32, device=topk_ids.device)
+    tile = _tile(topk_ids, tokens, num_experts, topk)
+    count = triton.cdiv(tokens, tile["BLOCK_T"])
+    tile_hist = torch.empty(count + 1, num_experts, dtype=torch.int32, device=topk_ids.device)
     with torch.cuda.device_of(topk_ids):
-        if tiles > 0:
-            _routing_hist_kernel[(tiles,)](
+        if count > 0:
+            _routing_hist_kernel[(count,)](
                 TopkIds=topk_ids,
                 TileHist=tile_hist,
                 tokens=tokens,
@@ -429,19 +430,22 @@ def aot_kernels() -> Iterator[aot.AotKernel]:
     ):
         name, quick = f"{tokens}-{num_experts}", num_experts == 32
         backward = aot.FEW_ROWS if dtype == torch.bfloat16 else "ieee"
-        yield from aot.record(
-            f"{str(dtype).removeprefix('torch.')}-{name}",
-            functools.partial(_launch_meta, dtype, tokens, num_experts, *options),
-            products={
-                "_routing_fwd_kernel": "ieee" if dtype == torch.float32 else aot.FEW_ROWS,
-                "_routing_d_x_kernel": backward,
-                "_routing_d_weight_kernel": backward,
-            },
-            quick=quick,
-        )
-        yield from aot.record(
-            f"given-{name}",
-            functools.partial(_launch_given_meta, tokens, num_experts, *options),
-            products={},
-            quick=quick,
-        )
+        for family, cards in tiles.each_family():
+            yield from aot.record(
+                f"{str(dtype).removeprefix('torch.')}-{name}-{family}",
+                functools.partial(_launch_meta, dtype, tokens, num_experts, *options),
+                products={
+                    "_routing_fwd_kernel": "ieee" if dtype == torch.float32 else aot.FEW_ROWS,
+                    "_routing_d_x_kernel": backward,
+                    "_routing_d_weight_kernel": backward,
+                },
+                quick=quick,
+                cards=cards,
+            )
+            yield from aot.record(
+                f"given-{name}-{family}",
+                functools.partial(_launch_given_meta, tokens, num_experts, *options),
+                products={},
+                quick=quick,
+                cards=cards,
+            )

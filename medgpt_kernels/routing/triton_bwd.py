@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from medgpt_kernels import tiles
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _routing_d_logits_kernel(
@@ -130,7 +132,7 @@ def d_logits_of(
             BLOCK_T=block_t,
             BLOCK_E=block_e,
             BLOCK_K=triton.next_power_of_2(topk),
-            num_warps=4,
+            **tiles.choose("routing_d_logits", logits),
         )
     return out
 
@@ -141,8 +143,10 @@ def d_x_of(d: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
+    tile = tiles.choose("routing_d_x", x)
+    programs = triton.cdiv(tokens, tile["BLOCK_T"]) * triton.cdiv(hidden, tile["BLOCK_H"])
     with torch.cuda.device_of(x):
-        _routing_d_x_kernel[(triton.cdiv(tokens, 32) * triton.cdiv(hidden, 64),)](
+        _routing_d_x_kernel[(programs,)](
             DX=out,
             D=d,
             Weight=weight,
@@ -150,10 +154,8 @@ def d_x_of(d: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
             HIDDEN=hidden,
             EXPERTS=num_experts,
             OPERAND=_operand(x.dtype),
-            BLOCK_T=32,
-            BLOCK_H=64,
             STEP_E=32 if num_experts > 16 else 16,
-            num_warps=4,
+            **tile,
         )
     return out
 
@@ -161,9 +163,10 @@ def d_x_of(d: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> torch.Tens
 def d_weight_of(d: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """d^T x in weight's dtype; tokens are summed in shares, each of which fills its own slice."""
     (tokens, hidden), num_experts = x.shape, weight.shape[0]
-    block_e, block_h = 32 if num_experts > 16 else 16, 64
+    block_e, tile = 32 if num_experts > 16 else 16, tiles.choose("routing_d_weight", x)
+    block_t, block_h = tile["BLOCK_T"], tile["BLOCK_H"]
     splits = min(max(tokens // 512, 1), 8)
-    share = triton.cdiv(triton.cdiv(tokens, splits), 32) * 32
+    share = triton.cdiv(triton.cdiv(tokens, splits), block_t) * block_t
     part = torch.empty(splits, num_experts, hidden, dtype=torch.float32, device=x.device)
     grid = triton.cdiv(hidden, block_h) * triton.cdiv(num_experts, block_e) * splits
     with torch.cuda.device_of(x):
@@ -177,9 +180,7 @@ def d_weight_of(d: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch
             HIDDEN=hidden,
             EXPERTS=num_experts,
             OPERAND=_operand(x.dtype),
-            BLOCK_T=32,
-            BLOCK_H=block_h,
             BLOCK_E=block_e,
-            num_warps=4,
+            **tile,
         )
     return part.sum(0).to(weight.dtype)
