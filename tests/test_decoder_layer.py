@@ -131,6 +131,15 @@ def test_int8_hands_on_what_is_not_finite(value, dtype):
     assert y[0, ::2].isfinite().all()
 
 
+def test_int8_keeps_its_scales_in_another_dtype():
+    layer = Int8Linear.quantize(dense(37, 96))
+    wide = widened(layer)
+    layer.to(torch.bfloat16).float()
+    assert layer.scales.dtype == torch.float16
+    assert layer.bias.dtype == torch.float32
+    assert torch.equal(widened(layer), wide)
+
+
 def test_int8_refuses():
     with pytest.raises(ValueError, match="expected rows in blocks of 32, got 83"):
         Int8Linear.quantize(dense(4, 83))
@@ -139,7 +148,12 @@ def test_int8_refuses():
     with pytest.raises(ValueError, match="expected finite weights"):
         Int8Linear.quantize(layer)
     values, scales = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.float16)
-    for wrong in ((values.short(), scales), (values, scales.float()), (values, scales[:, :1])):
+    for wrong in (
+        (values.short(), scales),
+        (values, scales.float()),
+        (values, scales[:, :1]),
+        (values[:, :63], scales[:, :1]),
+    ):
         with pytest.raises(ValueError, match="expected values"):
             Int8Linear(*wrong, None)
 

@@ -68,6 +68,8 @@ class FusedGptOssLayer(GptOssDecoderLayer):
             return None
         if self.self_attn.config._attn_implementation != interface.NAME:
             return None
+        if not getattr(self.self_attn, "is_causal", True):
+            return None
         layer_idx = self.self_attn.layer_idx
         held = cache.step(
             layer_idx,

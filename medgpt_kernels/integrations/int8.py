@@ -26,7 +26,7 @@ class Int8Linear(torch.nn.Module):
         super().__init__()
         if values.dtype != torch.int8 or scales.dtype != torch.float16:
             refuse("values int8 and scales fp16", f"{values.dtype} and {scales.dtype}")
-        if values.ndim != 2 or scales.shape != (values.shape[0], values.shape[1] // BLOCK):
+        if values.ndim != 2 or values.shape != (scales.shape[0], BLOCK * scales.shape[-1]):
             refuse(
                 "values [N, K] and scales [N, K / 32]",
                 f"{list(values.shape)} and {list(scales.shape)}",
@@ -59,6 +59,13 @@ class Int8Linear(torch.nn.Module):
             values[at : at + ROWS] = (blocks / step).round_().clamp_(-127, 127).flatten(1)
             scales[at : at + ROWS] = step[..., 0].half()
         return cls(values, scales, dense.bias)
+
+    def _apply(self, fn, recurse=True):
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:  # model.to(torch.bfloat16) would round them
+            self.scales = scales.to(self.values.device)
+        return self
 
     @property
     def in_features(self) -> int:
