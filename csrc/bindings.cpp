@@ -29,7 +29,8 @@ py::list supported_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) isas.append("v4_bf16");
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      isas.append("v4_bf16");
     isas.append("v4");
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -381,7 +382,7 @@ void bind_linear(py::class_<CpuKernels>& cpu) {
                              in,
                              out,
                              at<void>(x),
-                             {at<int8_t>(values), at<void>(scales)},
+                             {at<uint8_t>(values), at<void>(scales)},
                              at<void>(bias),
                              at<void>(y)});
       },

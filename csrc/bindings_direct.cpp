@@ -153,8 +153,7 @@ PyObject* linear(PyObject* const* a, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (x [B, S, K], values int8 [N, K], scales fp16 [N, K / 32], bias [N] or None), at most kFewTokens
-// rows: [y].
+// (x [B, S, K], values, scales, bias [N] or None) of an Int8Linear, at most kFewTokens rows: [y].
 PyObject* linear_int8(PyObject* const* a, Py_ssize_t count) {
   Tensor x;
   if (torch == nullptr || count != 4 || !is_plain() || !read_tensor(a[0], 3, &x))
@@ -174,7 +173,7 @@ PyObject* linear_int8(PyObject* const* a, Py_ssize_t count) {
                                  x.size[2],
                                  out,
                                  x.data,
-                                 {static_cast<const int8_t*>(p.weight), p.scales},
+                                 {static_cast<const uint8_t*>(p.weight), p.scales},
                                  p.bias,
                                  y});
   }
@@ -197,7 +196,7 @@ void open_direct(const CpuKernels& kernels, const std::string& path, const py::d
   find(library, "aoti_torch_empty_strided", &t->empty);
   find(library, "aoti_torch_get_data_ptr", &t->address);
   find(library, "aoti_torch_delete_tensor_object", &t->release);
-  const char* codes[kDtypes] = {"float32", "bfloat16", "float16", "uint8", "int32", "int8"};
+  const char* codes[kDtypes] = {"float32", "bfloat16", "float16", "uint8", "int32"};
   int32_t (*code)();
   for (int i = 0; i < kDtypes; i++) {
     find(library, (std::string("aoti_torch_dtype_") + codes[i]).c_str(), &code);

@@ -84,7 +84,7 @@ def direct():
     """
     functorch = torch._C._functorch
     try:
-        facts = {str(dtype)[6:]: dtype for dtype in (*DTYPE_CODES, torch.int32, torch.int8)}
+        facts = {str(dtype)[6:]: dtype for dtype in (*DTYPE_CODES, torch.int32)}
         facts |= {
             "Tensor": torch.Tensor,
             "Parameter": torch.nn.Parameter,

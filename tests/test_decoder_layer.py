@@ -33,8 +33,11 @@ def dense(outputs: int, inputs: int, dtype=torch.bfloat16, bias=True) -> torch.n
 
 
 def widened(layer: Int8Linear) -> torch.Tensor:
-    blocks = layer.values.double().unflatten(1, (-1, 32))
-    return (blocks * layer.scales.double()[..., None]).flatten(1)
+    """w[n][k] from the byte of output n % 16 and input k % 4 in unit n / 16."""
+    n = torch.arange(layer.out_features)[:, None]
+    k = torch.arange(layer.in_features)
+    bytes = layer.values[n // 16, k // 4, n % 16, k % 4].double() - 128
+    return bytes * layer.scales[n // 16, k // 32, n % 16].double()
 
 
 def rows(tokens: int, width: int, dtype, outlier: bool = False) -> torch.Tensor:
@@ -74,11 +77,11 @@ def test_int8_check_notices(wrong):
     eager = linear(x, widened(layer).bfloat16(), layer.bias)
     assert_close(layer(x), eager, truth)
     if wrong == "scales":
-        layer.scales[:, 0] = layer.scales[:, 1]
+        layer.scales[:, 0] = layer.scales[:, 1].clone()
     elif wrong == "bias":
         layer.bias = None
     else:
-        layer.values = layer.values.view(33, 3, 32).flip(1).reshape(33, 96).contiguous()
+        layer.values = layer.values.flip(2).contiguous()
     with pytest.raises(ToleranceError):
         assert_close(layer(x), eager, truth)
 
@@ -116,7 +119,8 @@ def test_int8_is_within_half_a_step_and_a_scale():
     allowed = most / 254 + most * 2.0**-11 + (most < 127 * 2.0**-14) * 2.0**-15
     apart = (widened(packed) - layer.weight.double()).abs().unflatten(1, (-1, 32)).amax(-1)
     assert (apart <= allowed).all()
-    assert (packed.values.abs().amax() == 127).item()
+    assert packed.values.min() >= 1  # -127, and -128 never
+    assert max(packed.values.max() - 128, 128 - packed.values.min()) == 127
     assert torch.equal(packed.dequantize(torch.float32), widened(packed).float())
 
 
@@ -147,15 +151,32 @@ def test_int8_refuses():
     layer.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match="expected finite weights"):
         Int8Linear.quantize(layer)
-    values, scales = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.float16)
+    values = torch.zeros(2, 16, 16, 4, dtype=torch.uint8)
+    scales = torch.zeros(2, 2, 16, dtype=torch.float16)
     for wrong in (
         (values.short(), scales),
         (values, scales.float()),
         (values, scales[:, :1]),
-        (values[:, :63], scales[:, :1]),
+        (values[:, :15], scales),
+        (values[:1], scales),
+        (values, scales[..., :4]),
     ):
         with pytest.raises(ValueError, match="expected values"):
             Int8Linear(*wrong, None)
+    with pytest.raises(ValueError, match="expected a bias of 2 times 16 outputs"):
+        Int8Linear(values, scales, torch.zeros(16))
+
+
+@torch.no_grad()
+@DTYPES
+def test_int8_takes_inputs_of_any_rank_to_its_kernel(dtype, monkeypatch):
+    layer, x = Int8Linear.quantize(dense(37, 96, dtype, bias=False)), rows(3, 96, dtype)
+    monkeypatch.setattr(Int8Linear, "dequantize", None)  # the way of many rows
+    whole = layer(x)
+    assert whole.shape == (1, 3, 37)
+    assert torch.equal(layer(x[0]), whole[0])
+    assert torch.equal(layer(x[0, 1]), whole[0, 1])
+    assert torch.equal(layer(x[:, None]), whole[:, None])
 
 
 # The layer

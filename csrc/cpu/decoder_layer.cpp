@@ -50,7 +50,7 @@ void project(const Projection& p, const T* x, int64_t tokens, int64_t in, int64_
     linear({dtype, tokens, in, out, x, p.weight, p.bias, y});
   else
     linear_int8(
-        {dtype, tokens, in, out, x, {static_cast<const int8_t*>(p.weight), p.scales}, p.bias, y});
+        {dtype, tokens, in, out, x, {static_cast<const uint8_t*>(p.weight), p.scales}, p.bias, y});
 }
 
 template <typename T>

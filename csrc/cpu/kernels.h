@@ -183,9 +183,10 @@ struct Linear {
 };
 void linear(const Linear&);
 
-// The same with a weight of whole blocks of 32 bytes: values [N, K], scales [N, K / 32] in fp16
+// The same with a weight in blocks of 32 bytes, which are 128 too large: values [ceil(N / 16),
+// K / 4, 16, 4], and scales [ceil(N / 16), K / 32, 16] in fp16
 struct Int8Weight {
-  const int8_t* values;
+  const uint8_t* values;
   const void* scales;
 };
 struct LinearInt8 {

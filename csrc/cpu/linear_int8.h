@@ -1,4 +1,4 @@
-// Blocks of 32 signed bytes against integers of 16 bits: exact sums of their products, as floats.
+// Bytes of a weight against pairs of integers of 16 bits: exact sums of their products.
 #pragma once
 
 #include "simd.h"
@@ -7,54 +7,32 @@
 #include <immintrin.h>
 #endif
 
-constexpr int64_t kInt8Block = 32;
+constexpr int64_t kInt8Block = 32;    // inputs that share a scale
+constexpr int64_t kInt8Outputs = 16;  // whose bytes lie beside each other, four inputs of each
+constexpr int64_t kInt8Four = 4;
 
-#if defined(__AVX512BW__)
-using Int8Lanes = __m512i;
-inline Int8Lanes widen_bytes(const int8_t* p) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline vu load_fours(const uint8_t* p) {
+  vu v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
 }
-inline vf dot_bytes(Int8Lanes w, const int16_t* x) {
-  return (vf)_mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
-}
+
+// The bytes of inputs 0 and 2, and 1 and 3, as integers of 16 bits.
+inline vu even_bytes(vu v) { return v & 0x00ff00ffu; }
+inline vu odd_bytes(vu v) { return (v >> 8) & 0x00ff00ffu; }
+
+// sum += both products of a lane's two integers and those of `pair`
+inline vi add_products(vi sum, vu bytes, int32_t pair) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)bytes, _mm512_set1_epi32(pair));
+#elif defined(__AVX512BW__)
+  return sum + (vi)_mm512_madd_epi16((__m512i)bytes, _mm512_set1_epi32(pair));
 #elif defined(__AVX2__)
-struct Int8Lanes {
-  __m256i part[2];
-};
-inline Int8Lanes widen_bytes(const int8_t* p) {
-  auto* from = reinterpret_cast<const __m128i*>(p);
-  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(from)),
-          _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1))};
-}
-inline vf dot_bytes(const Int8Lanes& w, const int16_t* x) {
-  auto* at = reinterpret_cast<const __m256i*>(x);
-  __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(w.part[0], _mm256_loadu_si256(at)),
-                                 _mm256_madd_epi16(w.part[1], _mm256_loadu_si256(at + 1)));
-  return (vf)_mm256_cvtepi32_ps(sum);
-}
+  return sum + (vi)_mm256_madd_epi16((__m256i)bytes, _mm256_set1_epi32(pair));
+#elif defined(__SSE2__)
+  return sum + (vi)_mm_madd_epi16((__m128i)bytes, _mm_set1_epi32(pair));
 #else
-typedef int8_t bytes4 __attribute__((vector_size(4)));
-typedef int16_t shorts4 __attribute__((vector_size(8)));
-struct Int8Lanes {
-  vi part[kInt8Block / kLanes];
-};
-static_assert(kLanes == 4, "four lanes of 32 bits");
-inline Int8Lanes widen_bytes(const int8_t* p) {
-  Int8Lanes lanes;
-  for (int i = 0; i < kInt8Block / kLanes; i++) {
-    bytes4 four;
-    std::memcpy(&four, p + i * kLanes, sizeof(four));
-    lanes.part[i] = __builtin_convertvector(four, vi);
-  }
-  return lanes;
-}
-inline vf dot_bytes(const Int8Lanes& w, const int16_t* x) {
-  vi sum = {};
-  for (int i = 0; i < kInt8Block / kLanes; i++) {
-    shorts4 four;
-    std::memcpy(&four, x + i * kLanes, sizeof(four));
-    sum += w.part[i] * __builtin_convertvector(four, vi);
-  }
-  return __builtin_convertvector(sum, vf);
-}
+  vi low = bit_cast<vi>(bytes & 0xffffu), high = bit_cast<vi>(bytes >> 16);
+  return sum + low * static_cast<int16_t>(pair & 0xffff) + high * (pair >> 16);
 #endif
+}
