@@ -34,8 +34,8 @@ aot:  ## every Triton kernel with every tuned config and every CUDA kernel, for 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
 
-bench-slow:  ## the cases of a minute and more, the experts' real layer
-	$(PYTHON) -m pytest benchmarks/ --benchmark-only -m slow
+bench-slow:  ## the cases of a minute and more and the sizes between; adds to the day's result file
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only -m slow --save-result
 
 bench-sweep:  ## the sizes between, for the plots; adds to the day's result file
 	$(PYTHON) -m pytest benchmarks/bench_attention.py benchmarks/bench_decode_attention.py --benchmark-only -m slow --save-result
