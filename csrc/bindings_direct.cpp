@@ -153,10 +153,10 @@ PyObject* linear(PyObject* const* a, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (x [B, S, K], values, scales, bias [N] or None) of an Int8Linear, at most kFewTokens rows: [y].
+// (x [B, S, K], values, scales, bias [N] or None, N) of an Int8Linear, at most kFewTokens rows: [y].
 PyObject* linear_int8(PyObject* const* a, Py_ssize_t count) {
   Tensor x;
-  if (torch == nullptr || count != 4 || !is_plain() || !read_tensor(a[0], 3, &x))
+  if (torch == nullptr || count != 5 || !is_plain() || !read_tensor(a[0], 3, &x))
     return no_answer();
   int64_t tokens = x.size[0] * x.size[1];
   Projection p;

@@ -36,10 +36,10 @@ enum Argument : int {
   kCount
 };
 
-bool read_triple(PyObject* tuple, int dtype, int64_t in, int64_t* out, Projection* p) {
-  if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 3) return false;
-  PyObject* parts[3];
-  for (int i = 0; i < 3; i++) parts[i] = PyTuple_GET_ITEM(tuple, i);
+bool read_four(PyObject* tuple, int dtype, int64_t in, int64_t* out, Projection* p) {
+  if (!PyTuple_CheckExact(tuple) || PyTuple_GET_SIZE(tuple) != 4) return false;
+  PyObject* parts[4];
+  for (int i = 0; i < 4; i++) parts[i] = PyTuple_GET_ITEM(tuple, i);
   return read_projection(parts, dtype, in, out, p);
 }
 
@@ -96,10 +96,10 @@ bool read_attention(PyObject* const* a, const Tensor& x, DecoderLayer* p) {
 bool read_projections(PyObject* const* a, const Tensor& x, Floats* sinks, DecoderLayer* p) {
   DecodeProblem& d = p->attention;
   int64_t hidden = x.size[2], wide = 0, narrow = 0, out = 0;
-  if (!read_triple(a[kQ], x.dtype, hidden, &wide, &p->q) ||
-      !read_triple(a[kK], x.dtype, hidden, &narrow, &p->k) || narrow != d.kv_heads * d.head_dim ||
-      !read_triple(a[kV], x.dtype, hidden, &out, &p->v) || out != narrow || wide % narrow != 0 ||
-      !read_triple(a[kO], x.dtype, wide, &out, &p->o) || out != hidden)
+  if (!read_four(a[kQ], x.dtype, hidden, &wide, &p->q) ||
+      !read_four(a[kK], x.dtype, hidden, &narrow, &p->k) || narrow != d.kv_heads * d.head_dim ||
+      !read_four(a[kV], x.dtype, hidden, &out, &p->v) || out != narrow || wide % narrow != 0 ||
+      !read_four(a[kO], x.dtype, wide, &out, &p->o) || out != hidden)
     return false;
   d.heads = wide / d.head_dim;
   if (!sinks->read(a[kSinks], d.heads, x.dtype)) return false;
@@ -132,7 +132,7 @@ bool read_experts(PyObject* const* a, const Tensor& x, Floats* router_bias, Deco
 }
 }  // namespace
 
-// (x [B, S, H], two norms' weights, epsilon, projections (weight, scales, bias), pages, lengths,
+// (x [B, S, H], two norms' weights, epsilon, projections (weight, scales, bias, outputs), pages, lengths,
 // table, cos, sin, window_left, sinks, softmax_scale, router, its bias, topk, experts (blocks,
 // scales, bias), alpha, limit), as `Argument` counts them: [y].
 PyObject* decoder_layer(PyObject* const* a, Py_ssize_t count) {

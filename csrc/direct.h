@@ -212,23 +212,23 @@ inline bool read_tables(PyObject* rotary, int64_t head_dim, Tensor* cos, Tensor*
   return sin->is(0, cos->size[0], cos->size[1]) && 2 * cos->size[1] <= head_dim;
 }
 
-// (weight, scales, bias [N] or None): scales None with a dense weight [N, K] in x's dtype, or an
-// Int8Linear's values and scales; N is a multiple of 16 where that has no bias.
+// (weight, scales, bias [N] or None, N): scales None with a dense weight [N, K] in x's dtype, or an
+// Int8Linear's values and scales.
 inline bool read_projection(PyObject* const* a, int dtype, int64_t in, int64_t* out,
                             Projection* p) {
   constexpr int64_t kBlock = 32, kOutputs = 16, kFour = 4;
   Tensor weight, scales, bias;
-  if (!read_if_there(a[1], 3, &scales) || !read_if_there(a[2], 1, &bias)) return false;
+  if (!read_if_there(a[1], 3, &scales) || !read_if_there(a[2], 1, &bias) ||
+      !read_size(a[3], 1, out))
+    return false;
   bool packed = scales.data != nullptr;
   if (!read_tensor(a[0], packed ? 4 : 2, &weight) || !weight.contiguous()) return false;
-  int64_t units = weight.size[0];
-  *out = !packed ? units : bias.data != nullptr ? bias.size[0] : units * kOutputs;
+  int64_t units = (*out + kOutputs - 1) / kOutputs;
   if (packed ? !weight.is(static_cast<int>(DType::kU8), units, in / kFour, kOutputs, kFour)
              : !weight.is(dtype, *out, in))
     return false;
   if (packed && (in % kBlock != 0 || !scales.contiguous() ||
-                 !scales.is(static_cast<int>(DType::kF16), units, in / kBlock, kOutputs) ||
-                 (*out + kOutputs - 1) / kOutputs != units))
+                 !scales.is(static_cast<int>(DType::kF16), units, in / kBlock, kOutputs)))
     return false;
   if (bias.data != nullptr && (!bias.is(dtype, *out) || !bias.contiguous())) return false;
   *p = {weight.data, scales.data, bias.data};

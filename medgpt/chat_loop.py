@@ -9,6 +9,7 @@ from pathlib import Path
 from medgpt import NOTICE
 from medgpt.cli import EFFORTS, summary
 from medgpt.generate import generate
+from medgpt.memory import PromptMemory
 from medgpt.terminal import printable
 
 HELP = """/image PATH   show an image with the next question; a path in the question does the same
@@ -26,11 +27,13 @@ class Chat:
     def __init__(self, model, processor, options: dict, system: str | None, show_analysis: bool):
         self.model, self.processor, self.options = model, processor, dict(options)
         self.system, self.show_analysis = system, show_analysis
+        self.memory = PromptMemory(model)
         self.reset()
 
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.images: list[str] = []
+        self.memory.forget()
 
     def command(self, line: str) -> bool:
         """Obeys a line that begins with "/"; False to leave."""
@@ -88,6 +91,7 @@ class Chat:
                 self.processor,
                 [*self.messages, question],
                 stream=stream,
+                memory=self.memory,
                 **self.options,
             )
             metadata = summary(result)

@@ -198,8 +198,8 @@ def load(
             answers on a CPU; see medgpt_kernels.integrations.transformers.patch.
 
     Raises:
-        ValueError: no local directory, another model, tensors that are missing, unexpected or of
-            another shape, files cut short.
+        ValueError: no local directory, another model, one with adapters beside it, tensors that are
+            missing, unexpected or of another shape, files cut short.
     """
     from medgpt.model import MedGPTForConditionalGeneration
     from medgpt.processor import MedGPTProcessor
@@ -207,6 +207,8 @@ def load(
 
     directory = local_directory(directory, "load")
     config = read_config(directory)
+    if (directory / "adapter_config.json").exists():  # transformers would load what that names
+        refuse("a whole checkpoint (merge adapters first)", "adapter_config.json in it", "load")
     source = Source(directory, "load")
     held = {name: source.planned(name, dtype) for name in source.headers}
     check(held, expected_tensors(config, is_packed(config)), "load")

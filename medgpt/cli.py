@@ -243,10 +243,11 @@ def _generate(args) -> None:
 def summary(result: dict) -> str:
     """One line of an answer's metadata."""
     usage, rate = result["usage"], result["timing"]["tokens_per_second"]
+    known = f", {usage['cached_tokens']} known" if usage["cached_tokens"] else ""
     parts = [
         "research use only",
         result["finish_reason"],
-        f"{usage['prompt_tokens']} tokens in ({usage['image_tokens']} of images)",
+        f"{usage['prompt_tokens']} tokens in ({usage['image_tokens']} of images{known})",
         f"{usage['completion_tokens']} out",
     ]
     parts += [] if rate is None else [f"{rate} a second"]

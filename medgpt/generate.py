@@ -15,6 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from medgpt import NOTICE
 from medgpt.completion import NAMES
+from medgpt.memory import PromptMemory
+from medgpt.model import CACHE
 from medgpt_kernels.integrations import refuse
 
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")  # gpt-oss's own
@@ -33,6 +35,7 @@ def generate(
     reasoning_effort: str = "medium",
     stream: Callable[[str, str], None] | None = None,
     window=None,
+    memory: PromptMemory | None = None,
 ) -> dict:
     """The model's next message in a conversation.
 
@@ -46,12 +49,14 @@ def generate(
         reasoning_effort: "low", "medium" or "high".
         stream: called with (text, channel) as the text comes, whole characters at a time.
         window: of load_image, for every image.
+        memory: keeps this prompt's keys and values for a prompt that goes on from it.
 
     Returns:
         A dict that JSON can hold: "research_use_only" (always first), "final" and "analysis" (text,
         None where the channel was not opened), "finish_reason" ("stop", "tool_call", "length"),
-        "usage" {prompt_tokens, image_tokens, completion_tokens}, "timing" in seconds
-        {first_token, total, tokens_per_second}, "seed" (None: greedy), "model", "unparsed" (what is
+        "usage" {prompt_tokens, cached_tokens (of them, not computed
+        again), image_tokens, completion_tokens}, "timing" in seconds {first_token, total,
+        tokens_per_second}, "seed" (None: greedy), "model", "unparsed" (what is
         not Harmony in the completion, or None).
 
     Raises:
@@ -68,6 +73,7 @@ def generate(
         return_tensors="pt",
     )
     inputs = {name: value for name, value in inputs.items() if name != "tiles_per_image"}
+    cache = None if memory is None else memory.recall(model, inputs)
     for name in inputs.keys() - {"image_sizes"}:  # sizes are read on the host
         inputs[name] = inputs[name].to(model.device)
     ids, config = inputs["input_ids"], model.config
@@ -79,7 +85,11 @@ def generate(
     if sampled and seed is None:
         seed = secrets.randbits(31)
     choices = {"temperature": temperature, "top_p": top_p, "top_k": 0} if sampled else {}
-    streamer = ChannelStreamer(tokenizer, stream or (lambda text, channel: None))
+    streamer = ChannelStreamer(
+        tokenizer, stream or (lambda text, channel: None), None if cache is None else memory.keep
+    )
+    if cache is not None:
+        choices[CACHE] = cache
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         if sampled:
             torch.manual_seed(seed)
@@ -105,6 +115,7 @@ def generate(
         "finish_reason": FINISH[parsed["stop"]],
         "usage": {
             "prompt_tokens": length,
+            "cached_tokens": 0 if memory is None else memory.reused,
             "image_tokens": int((ids == config.image_token_id).sum()),
             "completion_tokens": len(completion),
         },
@@ -133,13 +144,19 @@ def _check(max_new_tokens, temperature, top_p, seed) -> None:
 class ChannelStreamer(BaseStreamer):
     """Hands (text, channel) to `stream` as Harmony's messages come, without its special tokens."""
 
-    def __init__(self, tokenizer, stream: Callable[[str, str], None]):
+    def __init__(
+        self,
+        tokenizer,
+        stream: Callable[[str, str], None],
+        after_prompt: Callable[[], None] | None = None,
+    ):
         found = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in NAMES])
         self.marks = dict(zip(found, NAMES, strict=True))
         self.tokenizer, self.stream = tokenizer, stream
         self.state, self.channel = "role", ""
         self.held: list[int] = []  # not yet whole characters
         self.first_token: float | None = None
+        self.after_prompt = after_prompt
         self.prompt = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -147,6 +164,8 @@ class ChannelStreamer(BaseStreamer):
             self.prompt = False
             return
         if self.first_token is None:
+            if self.after_prompt is not None:
+                self.after_prompt()
             self.first_token = time.perf_counter()
         for token in value.reshape(-1).tolist():
             if token in self.marks:

@@ -36,8 +36,8 @@ def widened(layer: Int8Linear) -> torch.Tensor:
     """w[n][k] from the byte of output n % 16 and input k % 4 in unit n / 16."""
     n = torch.arange(layer.out_features)[:, None]
     k = torch.arange(layer.in_features)
-    bytes = layer.values[n // 16, k // 4, n % 16, k % 4].double() - 128
-    return bytes * layer.scales[n // 16, k // 32, n % 16].double()
+    codes = layer.values[n // 16, k // 4, n % 16, k % 4].double() - 128
+    return codes * layer.scales[n // 16, k // 32, n % 16].double()
 
 
 def rows(tokens: int, width: int, dtype, outlier: bool = False) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_int8_check_notices(wrong):
     if wrong == "scales":
         layer.scales[:, 0] = layer.scales[:, 1].clone()
     elif wrong == "bias":
-        layer.bias = None
+        layer.bias.zero_()
     else:
         layer.values = layer.values.flip(2).contiguous()
     with pytest.raises(ToleranceError):
@@ -160,11 +160,13 @@ def test_int8_refuses():
         (values[:, :15], scales),
         (values[:1], scales),
         (values, scales[..., :4]),
+        (values, scales[0]),
+        (values, scales[0, 0, 0]),
     ):
         with pytest.raises(ValueError, match="expected values"):
-            Int8Linear(*wrong, None)
-    with pytest.raises(ValueError, match="expected a bias of 2 times 16 outputs"):
-        Int8Linear(values, scales, torch.zeros(16))
+            Int8Linear(*wrong, None, 32)
+    with pytest.raises(ValueError, match=r"expected a bias \[17\], got \[32\]"):
+        Int8Linear(values, scales, torch.zeros(32), 17)
 
 
 @torch.no_grad()
@@ -177,6 +179,23 @@ def test_int8_takes_inputs_of_any_rank_to_its_kernel(dtype, monkeypatch):
     assert torch.equal(layer(x[0]), whole[0])
     assert torch.equal(layer(x[0, 1]), whole[0, 1])
     assert torch.equal(layer(x[:, None]), whole[:, None])
+    assert torch.equal(layer(torch.stack([x, x], 1)[:, 1:]), whole[:, None])  # with gaps
+    layer.bias = torch.nn.Parameter(torch.ones(37, dtype=dtype), requires_grad=False)
+    assert_close(layer(x), whole + 1, whole.double() + 1)
+    layer.bias = None
+    assert torch.equal(layer(x), whole)
+
+
+@torch.no_grad()
+def test_int8_is_copied_and_stored():
+    layer, x = Int8Linear.quantize(dense(37, 96, bias=False)), rows(3, 96, torch.bfloat16)
+    for other in (copy.deepcopy(layer), Int8Linear.quantize(dense(37, 96, bias=False))):
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other(x), layer(x))
+    tiny = rows(3, 96, torch.float32) * 2.0**-120  # below what a float's second digit reaches
+    wide = widened(layer)
+    apart = (layer(tiny).double() - linear(tiny.double(), wide)).abs().max()
+    assert apart <= 96 * 2.0**-128
 
 
 # The layer

@@ -248,6 +248,12 @@ def test_loaded_and_saved_again_is_the_same(tmp_path, parts):
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [258, 264, 257]  # return, call, endoftext
     assert generation["pad_token_id"] == 257
+    named = {"peft_type": "LORA", "base_model_name_or_path": "another/model"}
+    (out / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(
+        ValueError, match=r"expected a whole checkpoint .*, got adapter_config.json"
+    ):
+        load(out)
 
 
 def test_published_config_survives(tmp_path, parts):

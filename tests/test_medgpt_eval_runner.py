@@ -131,7 +131,8 @@ def test_every_image_reaches_the_model(tiny, frames):
     """As many image tokens as tiles of all images, and other answers' keys for other images."""
     from inspect_ai.model import GenerateConfig
 
-    from medgpt.eval.runner import _messages, open_model
+    from medgpt.eval.asking import messages_of
+    from medgpt.eval.models import open_model
 
     model, _ = open_model(f"medgpt:{tiny}", dtype="float32")
     made = plan(get("medframeqa"), frames)
@@ -145,7 +146,7 @@ def test_every_image_reaches_the_model(tiny, frames):
     model.api.model.generate = generate
     from medgpt.eval.providers import _plain
 
-    chats = [[_plain(m) for m in _messages(made.conversation(i))] for i in range(4)]
+    chats = [[_plain(m) for m in messages_of(made.conversation(i))] for i in range(4)]
     batch = model.api.complete(chats, GenerateConfig(max_tokens=8))
     one_image = seen["tokens"][0] // 2
     assert seen["tokens"] == [one_image * (2 + i) for i in range(4)]
@@ -172,7 +173,7 @@ def test_the_cache_knows_another_checkpoint(tiny, tmp_path):
 def test_a_text_model_refuses_images(frames, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from medgpt.eval import runner
+    from medgpt.eval import models, runner
     from medgpt.tokenizer import harmony_tokenizer
 
     folder = tmp_path / "llama"
@@ -181,7 +182,7 @@ def test_a_text_model_refuses_images(frames, tmp_path):
     LlamaForCausalLM(config).save_pretrained(folder)
     harmony_tokenizer().save_pretrained(folder)
     assert isinstance(AutoTokenizer.from_pretrained(folder), PreTrainedTokenizerFast)
-    model, identity = runner.open_model(f"transformers:{folder}")
+    model, identity = models.open_model(f"transformers:{folder}")
     made = plan(get("medframeqa"), frames, limit=4)
     with pytest.raises(RuntimeError, match=r"expected text only, got images.*the same command"):
         runner.run_task(made, model, identity, tmp_path / "out")
@@ -196,7 +197,7 @@ def test_a_peer_of_inspect(frames, tmp_path):
     from inspect_ai.log import list_eval_logs, read_eval_log
     from inspect_ai.model import ModelAPI, ModelOutput, modelapi
 
-    from medgpt.eval import runner
+    from medgpt.eval import models, runner
 
     sent = []
 
@@ -207,7 +208,7 @@ def test_a_peer_of_inspect(frames, tmp_path):
             sent.append([p.image for p in parts if p.type == "image"])
             return ModelOutput.from_content("always_a", "**A**")
 
-    model, identity = runner.open_model("always_a/model")
+    model, identity = models.open_model("always_a/model")
     made = plan(get("medframeqa"), frames)
     result = runner.run_task(made, model, identity, tmp_path / "out", log_samples=True)
     assert result["metrics"]["accuracy"]["value"] == 0.5

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from medgpt_parts import (
@@ -19,6 +20,7 @@ from medgpt_parts import (
 from medgpt import NOTICE
 from medgpt.checkpoint import load
 from medgpt.generate import ChannelStreamer, generate
+from medgpt.memory import PromptMemory
 from medgpt_kernels.integrations.int8 import Int8Linear
 
 KEYS = [
@@ -67,6 +69,7 @@ def test_usage_and_timing(loaded):
     inputs = processor.apply_chat_template(chat(QUESTION), return_tensors="pt")
     assert found["usage"] == {
         "prompt_tokens": inputs["input_ids"].shape[1],
+        "cached_tokens": 0,
         "image_tokens": 3 * 4,
         "completion_tokens": len((THOUGHT + ANSWER).encode()) + len("analysisfinalassistant") + 7,
     }
@@ -165,6 +168,72 @@ def test_no_image_token_is_ever_written(loaded):
     model.generation_config.suppress_tokens = None
     written = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, -8:]
     assert (written == IMAGE_IDS["image_token_id"]).any()  # else it would
+
+
+def test_a_turn_that_goes_on_is_all_that_is_computed(loaded, monkeypatch):
+    model, memory = loaded[0], PromptMemory(loaded[0])
+    turns, length, seen = [QUESTION], 0, []
+    images = model.model.get_image_features
+    monkeypatch.setattr(
+        model.model, "get_image_features", lambda *a: seen.append(len(turns)) or images(*a)
+    )
+    for more in ("And now?", "Is it new?", "Since when?"):  # each behind a whole answer and more
+        found = answer(loaded, *turns, memory=memory)
+        assert found["usage"]["cached_tokens"] == length
+        length = found["usage"]["prompt_tokens"]
+        plain = answer(loaded, *turns)
+        assert (found["final"], found["analysis"]) == (plain["final"], plain["analysis"])
+        turns += [found["final"] or "?", more]
+    assert seen == [1, 1, 3, 5]  # with a memory in the first turn only
+    # another effort and another picture of the same size start over
+    low = answer(loaded, *turns, memory=memory, reasoning_effort="low", max_new_tokens=1)
+    assert low["usage"]["cached_tokens"] == 0
+    for shade, known in ((200, False), (200, True), (55, False)):
+        image = np.full((60, 60, 3), shade, np.uint8)
+        found = answer(loaded, *turns, image=image, memory=memory, max_new_tokens=1)
+        assert bool(found["usage"]["cached_tokens"]) == known
+        turns += ["?", "And?"]
+    memory.forget()
+    found = answer(loaded, *turns, image=image, memory=memory, max_new_tokens=1)
+    assert found["usage"]["cached_tokens"] == 0
+    other = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="expected the model that the memory was made for"):
+        generate(other, loaded[1], chat(QUESTION), memory=memory)
+
+
+def test_a_memory_of_words_before_the_first_image(loaded):
+    memory, picture = PromptMemory(loaded[0]), chat(QUESTION)[0]
+    words = [{"role": "user", "content": "Hello"}]
+    first = generate(*loaded, words, memory=memory, max_new_tokens=1)["usage"]
+    whole = [*words, {"role": "assistant", "content": "Yes?"}, picture]
+    found = generate(*loaded, whole, memory=memory, max_new_tokens=9)
+    assert found["usage"]["cached_tokens"] == first["prompt_tokens"]
+    plain = generate(*loaded, whole, max_new_tokens=9)
+    assert (found["analysis"], found["final"]) == (plain["analysis"], plain["final"])
+    same = generate(*loaded, whole, memory=memory, max_new_tokens=1)["usage"]  # and shorter ones
+    assert same["cached_tokens"] == first["prompt_tokens"]
+    assert generate(*loaded, words, memory=memory, max_new_tokens=1)["usage"]["cached_tokens"] == 0
+
+
+def test_a_memory_of_turns_that_were_stopped(loaded, monkeypatch):
+    memory, model = PromptMemory(loaded[0]), loaded[0]
+    length = answer(loaded, memory=memory)["usage"]["prompt_tokens"]
+    taken_back = [QUESTION, ANSWER, "What?"]
+    turns = [QUESTION, ANSWER, "And now?"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # in the answer
+        answer(loaded, *taken_back, memory=memory, stream=stop)
+    assert len(memory.prompts) == 2
+    with monkeypatch.context() as patched:  # in the prompt
+        patched.setattr(model.model.language_model.layers[-1].mlp, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            answer(loaded, *turns, memory=memory)
+    found = answer(loaded, *turns, memory=memory)
+    assert found["usage"]["cached_tokens"] == length
+    assert found["final"] == answer(loaded, *turns)["final"]
 
 
 def test_effort_and_history_reach_the_prompt(loaded):

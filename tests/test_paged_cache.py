@@ -327,6 +327,80 @@ def test_crop_then_go_on(model, mine):
     torch.testing.assert_close(rest, whole[:, 51:])
 
 
+@torch.no_grad()
+@PAGES
+def test_rewind_to_a_mark(model, mine, page):
+    """As often as wanted, behind far more tokens than a window's ring holds."""
+    ids, keep = padded([24, 17], "left")
+    more = tokens(2, 2 * NEW)
+    end, cache = more[:, -20:], paged(model, page_size=page)
+    options = {"attention_mask": keep, "past_key_values": cache}
+    mine(ids, position_ids=(keep.cumsum(-1) - 1).clamp(min=0), **options)
+    mark = cache.mark()
+
+    def go_on(new):
+        mask = torch.cat([keep, torch.ones_like(new)], 1)
+        positions = (mask.cumsum(-1) - 1)[:, -new.shape[1] :]
+        return mine(new, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+    expected = go_on(end)
+    for noise in (NEW, 3, 2 * NEW):
+        cache.rewind(mark)
+        assert cache.lengths == [24, 17]
+        go_on(more[:, :noise])
+        cache.rewind(mark)
+        torch.testing.assert_close(go_on(end), expected)
+    cache.rewind(mark)
+    stopped = mock.patch.object(mine.model.layers[-1].mlp, "forward", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        go_on(more)
+    cache.rewind(mark)
+    torch.testing.assert_close(go_on(end), expected)
+    mark.rings[:] = [ring and (ring[0] + 1, ring[1]) for ring in mark.rings]  # what if they were
+    cache.rewind(mark)
+    assert not torch.allclose(go_on(end), expected)
+
+
+@torch.no_grad()
+def test_marks_that_are_gone(model, mine):
+    cache = paged(model)
+    with pytest.raises(ValueError, match="expected the same tokens in every layer"):
+        cache.mark()
+    ids = tokens(2, 20)
+
+    def marked():
+        cache.reset()
+        mine(ids, past_key_values=cache)
+        return cache.mark()
+
+    turned = torch.tensor([1, 0])
+    for undo in (cache.reset, lambda: cache.reorder_cache(turned), lambda: cache.crop(-1)):
+        mark = marked()
+        undo()
+        with pytest.raises(ValueError, match="expected a mark of these sequences"):
+            cache.rewind(mark)
+    first = marked()
+    with pytest.raises(ValueError, match="expected a mark of these sequences"):
+        copy.deepcopy(cache).rewind(first)
+    mine(ids[:, :5], past_key_values=cache)
+    second = cache.mark()
+    cache.crop(-3)  # to before the second
+    cache.rewind(first)
+    assert cache.lengths == [20, 20]
+    with pytest.raises(ValueError, match="expected a mark of these sequences"):
+        cache.rewind(second)
+
+
+@torch.no_grad()
+def test_a_cache_for_another_dtype_after_a_reset(model, mine):
+    cache, ids = paged(model), tokens(1, 20)
+    mine(ids, past_key_values=cache)
+    cache.reset()
+    wide = ours(copy.deepcopy(model).bfloat16(), "patched")
+    whole = wide(ids).logits
+    torch.testing.assert_close(wide(ids, past_key_values=cache).logits, whole)
+
+
 def test_rows_selected_and_repeated(model, mine):
     ids, more = tokens(3, 37), tokens(1, 9, seed=5)
     cache = paged(model, page_size=4, max_batch=4)

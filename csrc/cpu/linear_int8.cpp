@@ -14,7 +14,6 @@
 
 #include "buffer.h"
 #include "dispatch.h"
-#include "gemm.h"
 #include "kernels.h"
 
 namespace {
@@ -22,7 +21,7 @@ constexpr float kDigit = 0x1p-15f;
 constexpr int32_t kZero = 128;             // the byte that stands for 0
 constexpr int kRows = kLanes > 8 ? 4 : 2;  // that share a weight's way through the registers
 constexpr int kParts = kInt8Outputs / kLanes;
-constexpr int64_t kUnitBytes = 1 << 17;  // that a thread takes at a time, at least
+constexpr int64_t kUnitBytes = 1 << 17;  // that a thread takes at a time, about
 
 // Rows of x as integers: of each four inputs the pairs (0, 2) and (1, 3), [T][D][K / 2]; what
 // each block's sums start from, -128 times the sum of its integers [T][D][B]; and what they are to
@@ -73,7 +72,7 @@ void make_digits(const T* x, int64_t tokens, int64_t in, Digits* out) {
       int exponent = 0;
       bool finite = reduce_add(wrong) == 0;
       if (finite) std::frexp(largest, &exponent);
-      float scale = std::ldexp(kDigit, std::max(exponent, -100)), inverse = 1 / scale;
+      float scale = std::ldexp(kDigit, std::max(exponent, -97)), inverse = 1 / scale;
       out->scales[t * out->blocks + b] = finite ? scale : reduce_add(wrong);
       for (int64_t d = 0; d < out->count; d++, inverse /= kDigit) {
         int32_t digits[kInt8Block];

@@ -144,7 +144,7 @@ def _with_extra(args) -> None:
 
 
 def _ask(args) -> None:
-    from medgpt.eval import runner
+    from medgpt.eval import models, runner
     from medgpt.eval.plan import plan
     from medgpt.eval.tasks import get
 
@@ -174,7 +174,7 @@ def _ask(args) -> None:
     from inspect_ai._util.error import PrerequisiteError
 
     try:
-        model, identity = runner.open_model(args.model, **options)
+        model, identity = models.open_model(args.model, **options)
     except PrerequisiteError as error:  # a provider's package, or the key of its API
         plain = re.sub(r"\[/?\w+\]", "", str(error.message))
         raise ValueError(f"--model: {' '.join(plain.split())}") from None

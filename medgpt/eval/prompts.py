@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from medgpt.eval.answers import normal
@@ -140,18 +140,27 @@ def examples_for(
     """
     if not shots:
         return []
-    text = normal(question.text)
+    text, drawn = normal(question.text), []
     seen = {picture_hash(image) for image in question.images}
-    left = [
-        other
-        for other in pool
-        if other.id != question.id
-        and (not question.cluster or other.cluster != question.cluster)
-        and normal(other.text) != text
-        and other.kind == question.kind
-        and not (seen and seen & {picture_hash(image) for image in other.images})
-    ]
-    if len(left) < shots:
-        raise ValueError(f"examples_for: expected {shots} examples or more, got {len(left)}")
-    rng = random.Random(digest([seed, question.id]))
-    return rng.sample(left, shots)
+    for at in _shuffled(len(pool), random.Random(digest([seed, question.id]))):
+        other = pool[at]
+        if (
+            other.id != question.id
+            and (not question.cluster or other.cluster != question.cluster)
+            and normal(other.text) != text
+            and other.kind == question.kind
+            and not (seen and seen & {picture_hash(image) for image in other.images})
+        ):
+            drawn.append(other)
+            if len(drawn) == shots:
+                return drawn
+    raise ValueError(f"examples_for: expected {shots} examples or more, got {len(drawn)}")
+
+
+def _shuffled(count: int, rng: random.Random) -> Iterator[int]:
+    """0 ... count - 1 in random order, at the cost of those that are taken."""
+    moved: dict[int, int] = {}
+    for end in range(count - 1, -1, -1):
+        at = rng.randrange(end + 1)
+        yield moved.get(at, at)
+        moved[at] = moved.get(end, end)

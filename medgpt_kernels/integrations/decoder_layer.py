@@ -13,13 +13,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from medgpt_kernels import native
 from medgpt_kernels.integrations import transformers as interface
+from medgpt_kernels.integrations.cache_pages import FEW
 from medgpt_kernels.integrations.gpt_oss import FewRowsLinear, FusedGptOssAttention
 from medgpt_kernels.integrations.int8 import Int8Linear
 from medgpt_kernels.integrations.moe import FusedGptOssRouter
 from medgpt_kernels.integrations.packed import PackedExperts
 from medgpt_kernels.integrations.paged_cache import PagedCache
 
-FEW = 16  # new tokens of all rows together
 _KNOWN = interface.OF_NO_CONCERN | {
     "attention_mask",
     "cache",
@@ -133,5 +133,5 @@ class FusedGptOssLayer(GptOssDecoderLayer):
 def _projection(module) -> tuple:
     bias = module._parameters["bias"]
     if type(module) is Int8Linear:
-        return module._buffers["values"], module._buffers["scales"], bias
-    return module._parameters["weight"], None, bias
+        return module._buffers["values"], module._buffers["scales"], bias, module.out_features
+    return module._parameters["weight"], None, bias, module.out_features

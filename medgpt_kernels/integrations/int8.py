@@ -8,10 +8,12 @@ from torch.nn.functional import linear
 
 from medgpt_kernels import native
 from medgpt_kernels.integrations import refuse
+from medgpt_kernels.integrations.cache_pages import FEW
 
 BLOCK = 32
 OUTPUTS, FOUR = 16, 4  # whose bytes lie beside each other, and how many of each
 ZERO = 128  # the byte that stands for 0
+FOURS = BLOCK // FOUR
 ROWS = 4096  # of a weight that are wide at a time
 
 
@@ -26,20 +28,26 @@ class Int8Linear(torch.nn.Module):
     widened. The input gets a gradient, the weight none.
     """
 
-    def __init__(self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_features: int,
+    ):
         super().__init__()
         if values.dtype != torch.uint8 or scales.dtype != torch.float16:
             refuse("values uint8 and scales fp16", f"{values.dtype} and {scales.dtype}")
-        units, blocks = scales.shape[0], scales.shape[1]
-        if values.shape != (units, blocks * BLOCK // FOUR, OUTPUTS, FOUR) or scales.shape[2:] != (
-            OUTPUTS,
-        ):
+        units = -(-out_features // OUTPUTS)
+        wanted = (units, scales.shape[1] if scales.ndim == 3 else 0, OUTPUTS)
+        if scales.shape != wanted or values.shape != (units, wanted[1] * FOURS, OUTPUTS, FOUR):
             refuse(
-                "values [N / 16, K / 4, 16, 4] and scales [N / 16, K / 32, 16]",
+                f"values [{units}, K / 4, 16, 4] and scales [{units}, K / 32, 16]",
                 f"{list(values.shape)} and {list(scales.shape)}",
             )
-        if bias is not None and -(-len(bias) // OUTPUTS) != units:
-            refuse(f"a bias of {units} times {OUTPUTS} outputs or up to 15 fewer", len(bias))
+        if bias is not None and bias.shape != (out_features,):
+            refuse(f"a bias [{out_features}]", list(bias.shape))
+        self.out_features = out_features
         self.register_buffer("values", values)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
@@ -47,7 +55,7 @@ class Int8Linear(torch.nn.Module):
     @classmethod
     @torch.no_grad()
     def quantize(cls, dense: torch.nn.Linear) -> "Int8Linear":
-        """From a dense layer; one without a bias, whose N is no multiple of 16, gets one of zeros.
+        """From a dense layer.
 
         Raises:
             ValueError: a weight whose rows are no multiple of 32 long, or with a value that is not
@@ -56,7 +64,7 @@ class Int8Linear(torch.nn.Module):
         outputs, inputs = dense.weight.shape
         if inputs % BLOCK:
             refuse(f"rows in blocks of {BLOCK}", inputs)
-        units, bias = -(-outputs // OUTPUTS), dense.bias
+        units = -(-outputs // OUTPUTS)
         values = dense.weight.new_empty(units, inputs // FOUR, OUTPUTS, FOUR, dtype=torch.uint8)
         native.advise_huge_pages(values)
         scales = dense.weight.new_empty(units, inputs // BLOCK, OUTPUTS, dtype=torch.float16)
@@ -68,13 +76,11 @@ class Int8Linear(torch.nn.Module):
             if not scale.isfinite().all():
                 refuse("finite weights of at most 8.3e6", "others")
             scale = scale.clamp_(min=torch.finfo(torch.float16).tiny)
-            bytes = (blocks / scale.float()[..., None]).round_().clamp_(-127, 127).add_(ZERO)
+            codes = (blocks / scale.float()[..., None]).round_().clamp_(-127, 127).add_(ZERO)
             here = slice(at // OUTPUTS, (at + len(rows)) // OUTPUTS)
             scales[here] = scale.unflatten(0, (-1, OUTPUTS)).mT
-            values[here] = bytes.view(-1, OUTPUTS, inputs // FOUR, FOUR).transpose(1, 2)
-        if bias is None and outputs % OUTPUTS:
-            bias = dense.weight.new_zeros(outputs)
-        return cls(values, scales, bias)
+            values[here] = codes.view(-1, OUTPUTS, inputs // FOUR, FOUR).transpose(1, 2)
+        return cls(values, scales, dense.bias, outputs)
 
     def _apply(self, fn, recurse=True):
         scales = self.scales
@@ -87,24 +93,22 @@ class Int8Linear(torch.nn.Module):
     def in_features(self) -> int:
         return self.values.shape[1] * FOUR
 
-    @property
-    def out_features(self) -> int:
-        return len(self.values) * OUTPUTS if self.bias is None else len(self.bias)
-
     def dequantize(self, dtype: torch.dtype, units: slice = slice(None)) -> torch.Tensor:
         """The weight [N, K], or that of some of its units of 16 outputs, rounded to a dtype."""
-        values = self.values[units].to(torch.float32).sub_(ZERO).transpose(1, 2)
+        first, end, _ = units.indices(len(self.values))
+        values = self.values[first:end].to(torch.float32).sub_(ZERO).transpose(1, 2)
         blocks = values.reshape(-1, OUTPUTS, self.scales.shape[1], BLOCK)
-        rows = blocks.mul_(self.scales[units].mT.float()[..., None]).flatten(2).flatten(0, 1)
-        past = (units.start or 0) * OUTPUTS
-        return rows[: self.out_features - past].to(dtype)
+        rows = blocks.mul_(self.scales[first:end].mT.float()[..., None]).flatten(2).flatten(0, 1)
+        return rows[: self.out_features - first * OUTPUTS].to(dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            x = input if input.ndim == 3 else input.reshape(1, -1, input.shape[-1])
-            done = native.direct().linear_int8_direct(x, self.values, self.scales, self.bias)
+        rows = input.shape[:-1].numel()
+        if 0 < rows <= FEW and input.device.type == "cpu" and not torch.compiler.is_compiling():
+            x = input.reshape(1, rows, -1).contiguous()
+            parts = x, self.values, self.scales, self.bias, self.out_features
+            done = native.direct().linear_int8_direct(*parts)
             if done is not None:
-                return done[0] if input.ndim == 3 else done[0].view(*input.shape[:-1], -1)
+                return done[0].view(*input.shape[:-1], self.out_features)
         step = ROWS // OUTPUTS
         parts = [
             linear(input, self.dequantize(input.dtype, slice(at, at + step)))

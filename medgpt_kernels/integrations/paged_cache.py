@@ -6,6 +6,7 @@ values lie in pages [pages, page, G, D]. Padding is not stored: each sequence ha
 
 import copy
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -13,116 +14,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from medgpt_kernels.attention.op import attention
 from medgpt_kernels.decode_attention.op import decode_attention
 from medgpt_kernels.integrations import refuse
+from medgpt_kernels.integrations.cache_pages import FEW, Growing, Ring
 from medgpt_kernels.rotary.op import apply_rotary
 from medgpt_kernels.rotary.tables import Rotary
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEW = 16  # new tokens up to which decode_attention splits the keys
-
-
-class _Growing:
-    """Pages of the layers that keep every token: taken as sequences grow, shared among beams."""
-
-    def __init__(self, batch: int, page: int, max_pages: int):
-        self.page, self.total = page, batch * max_pages
-        self.table = torch.zeros(batch, max_pages, dtype=torch.int32)
-        self.held: list[list[int]] = [[] for _ in range(batch)]
-        self.users = [0] * self.total
-        self.free: list[int] = []
-        self.fresh = 0  # pages from here on were never taken
-
-    def _take(self) -> int:
-        if self.free:
-            found = self.free.pop()
-        else:
-            found, self.fresh = self.fresh, self.fresh + 1
-        self.users[found] = 1
-        return found
-
-    def _drop(self, page: int) -> None:
-        self.users[page] -= 1
-        if not self.users[page]:
-            self.free.append(page)
-
-    def reserve(self, before: list[int], after: list[int]) -> list[tuple[int, int]]:
-        """Room for new tokens; (to, from) of the shared pages that would be written to."""
-        copies = []
-        for row, (start, end) in enumerate(zip(before, after, strict=True)):
-            held = self.held[row]
-            if start % self.page and end > start and self.users[held[-1]] > 1:
-                copies.append((self._take(), held[-1]))
-                self._drop(held[-1])
-                held[-1] = copies[-1][0]
-                self.table[row, len(held) - 1] = held[-1]
-            while len(held) * self.page < end:
-                held.append(self._take())
-                self.table[row, len(held) - 1] = held[-1]
-        return copies
-
-    def reorder(self, order: list[int], lengths: list[int]) -> list[tuple[int, int]]:
-        """Row n becomes what row order[n] was; pages are shared until they are written to."""
-        held = [list(self.held[n]) for n in order]
-        for pages in held:
-            for page in pages:
-                self.users[page] += 1
-        for pages in self.held:
-            for page in pages:
-                self._drop(page)
-        self.held = held
-        with torch.inference_mode(False):
-            self.table = self.table[order]
-        return []
-
-    def crop(self, lengths: list[int]) -> None:
-        for held, length in zip(self.held, lengths, strict=True):
-            while held and (len(held) - 1) * self.page >= length:
-                self._drop(held.pop())
-
-    def taken(self) -> list[int]:
-        return [page for page, users in enumerate(self.users) if users]
-
-    def used(self, longest: list[int]) -> int:
-        return self.fresh - len(self.free)
-
-
-class _Ring:
-    """Pages of the sliding layers: the same few for each sequence, written over in turn."""
-
-    def __init__(self, batch: int, page: int, max_pages: int, window: int):
-        self.page, self.window = page, window
-        self.pages = min(-(-(window - 1 + max(window, FEW)) // page), max_pages)
-        self.total = batch * self.pages
-        # new tokens that do not write over what the first of them sees
-        self.most = self.tokens - window + 1 if self.pages < max_pages else max_pages * page
-        first = torch.arange(batch, dtype=torch.int32)[:, None] * self.pages
-        self.rows = first + torch.arange(max_pages, dtype=torch.int32) % self.pages
-        self.table = self.rows
-
-    @property
-    def tokens(self) -> int:
-        return self.pages * self.page
-
-    def reserve(self, before: list[int], after: list[int]) -> list[tuple[int, int]]:
-        return []
-
-    def reorder(self, order: list[int], lengths: list[int]) -> list[tuple[int, int]]:
-        """(to, from) of the pages that are another sequence's now."""
-        self.table = self.rows[: len(order)]
-        return [
-            (to * self.pages + n, old * self.pages + n)
-            for to, old in enumerate(order)
-            if to != old
-            for n in range(min(self.pages, -(-lengths[old] // self.page)))
-        ]
-
-    def crop(self, lengths: list[int]) -> None:
-        pass
-
-    def taken(self) -> list[int]:
-        return list(range(self.total))
-
-    def used(self, longest: list[int]) -> int:
-        return sum(min(self.pages, -(-n // self.page)) for n in longest)
 
 
 @dataclass
@@ -138,6 +34,18 @@ class _Step:
     places: dict = field(default_factory=dict)  # of each kind: flat new tokens and their slots
     packing: tuple | None = None  # of a prefill with padding: positions, flat tokens, cu_seqlens
     checked: bool = False
+
+
+@dataclass(eq=False)
+class Mark:
+    """A PagedCache's sequences at some time; of sliding layers also what they held."""
+
+    seen: int
+    tail: int
+    lengths: list[int]
+    longest: list[int]
+    start: list[int]
+    rings: list[tuple[torch.Tensor, torch.Tensor] | None]  # of each layer
 
 
 class PagedLayer(CacheLayerMixin):
@@ -159,12 +67,15 @@ class PagedLayer(CacheLayerMixin):
             refuse(f"keys on {self.cache.device}", key_states.device)
         self.cache._start(key_states.shape[0])
         total, page = self.cache._pages[self.window].total, self.cache.page_size
-        if self.k_pages is None or self.k_pages.shape[0] < total:
-            like = {"dtype": key_states.dtype, "device": key_states.device}
+        new = [
+            (page, x.shape[1], x.shape[3], x.dtype, x.device) for x in (key_states, value_states)
+        ]
+        held = [] if self.k_pages is None else [self.k_pages, self.v_pages]
+        if [(*x.shape[1:], x.dtype, x.device) for x in held] != new or len(held[0]) < total:
             with torch.inference_mode(False):
                 self.k_pages, self.v_pages = (
-                    torch.empty(total, page, x.shape[1], x.shape[3], **like)
-                    for x in (key_states, value_states)
+                    torch.empty(total, *shape, dtype=dtype, device=device)
+                    for *shape, dtype, device in new
                 )
         self.is_initialized = True
 
@@ -263,6 +174,8 @@ class PagedCache(Cache):
     cache go through `attention`. Other attention gets its keys and values from `update`, copied.
     Sliding layers keep a ring of pages that holds their window and as many tokens again.
 
+    `rewind` goes back to a `mark`, such as a prompt that another continues, whatever followed it.
+
     Beams share full pages. Padding takes no part and is not stored, between turns either: a row of
     a batch is as it would be alone. The cache may be given to generate() again, with all ids so
     far, for the next turn.
@@ -311,7 +224,7 @@ class PagedCache(Cache):
             refuse(f"dtype among {DTYPES}", dtype)
         self.page_size, self.max_batch, self.dtype = page_size, max_batch, dtype
         self.device = None if device is None else torch.device(device)
-        self._pages: dict[int | None, _Growing | _Ring] = {}
+        self._pages: dict[int | None, Growing | Ring] = {}
         sliding = [kind == "sliding_attention" for kind in types]
         super().__init__(layers=[PagedLayer(self, window if s else None) for s in sliding])
         self.reset()
@@ -324,6 +237,7 @@ class PagedCache(Cache):
         self._from: list[int] = []  # the position of each sequence's first token
         self._tail = 0  # columns since the last padding
         self._step: _Step | None = None
+        self._marks: WeakSet[Mark] = WeakSet()  # that can be gone back to
         self._pages.clear()
         for layer in self.layers:
             layer.seen, layer.is_initialized = 0, False
@@ -439,10 +353,10 @@ class PagedCache(Cache):
         with torch.inference_mode(False):
             for window in {layer.window for layer in self.layers}:
                 if window is None:
-                    pages = _Growing(room, self.page_size, max_pages)
+                    pages = Growing(room, self.page_size, max_pages)
                     pages.held, pages.table = pages.held[:batch], pages.table[:batch]
                 else:
-                    pages = _Ring(room, self.page_size, max_pages, window)
+                    pages = Ring(room, self.page_size, max_pages, window)
                     pages.table = pages.table[:batch]
                 self._pages[window] = pages
         self._room = room
@@ -565,6 +479,7 @@ class PagedCache(Cache):
             return
         if not order or len(order) > self._room:
             refuse(f"1 to max_batch {self._room} sequences", len(order))
+        self._marks.clear()
         for window, pages in self._pages.items():
             self._copy(window, pages.reorder(order, self._longest))
         for name in ("lengths", "_longest", "_from"):
@@ -603,10 +518,61 @@ class PagedCache(Cache):
                     )
         for pages in self._pages.values():
             pages.crop(left)
+        self._forget_marks(self.seen + tokens_to_remove)
         self.lengths, self.seen = left, self.seen + tokens_to_remove
         self._tail, self._step = max(0, self._tail + tokens_to_remove), None
         for layer in self.layers:
             layer.seen = self.seen
+
+    def mark(self) -> Mark:
+        """The sequences as they are now, for `rewind`.
+
+        Sliding layers write over their tokens, so what they hold is copied: a window and as many
+        tokens again, for as long as the mark is kept. A copy of the cache has no marks.
+
+        Raises:
+            ValueError: nothing is cached yet, or a forward is under way.
+        """
+        if not self.seen or any(layer.seen != self.seen for layer in self.layers):
+            refuse("the same tokens in every layer", [layer.seen for layer in self.layers])
+        rings = [
+            (layer.k_pages.clone(), layer.v_pages.clone()) if layer.is_sliding else None
+            for layer in self.layers
+        ]
+        sequences = (list(x) for x in (self.lengths, self._longest, self._from))
+        mark = Mark(self.seen, self._tail, *sequences, rings)
+        self._marks.add(mark)
+        return mark
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to a mark, as often as wanted, after a call that failed too.
+
+        Raises:
+            ValueError: not this cache's, or since then reset(), other beams, a crop or a rewind to
+                before it.
+        """
+        if mark not in self._marks:
+            refuse("a mark of these sequences that nothing before it was written over", "another")
+        self._forget_marks(mark.seen)
+        for pages in self._pages.values():
+            pages.crop(mark.lengths)
+        for layer, ring in zip(self.layers, mark.rings, strict=True):
+            layer.seen = mark.seen
+            if ring is not None:
+                with torch.inference_mode(layer.k_pages.is_inference()):
+                    layer.k_pages.copy_(ring[0])
+                    layer.v_pages.copy_(ring[1])
+        self.seen, self._tail, self._step = mark.seen, mark.tail, None
+        sequences = (list(x) for x in (mark.lengths, mark.longest, mark.start))
+        self.lengths, self._longest, self._from = sequences
+
+    def _forget_marks(self, seen: int) -> None:
+        """Those behind so many columns."""
+        for mark in [mark for mark in self._marks if mark.seen > seen]:
+            self._marks.discard(mark)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_marks": WeakSet()}
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:

@@ -98,8 +98,8 @@ def run_annotate(args) -> None:
 
 
 def run_metrics(args) -> None:
+    from medgpt.eval.files import write_json
     from medgpt.eval.report_metrics import table
-    from medgpt.eval.runner import write_json
 
     files = report_files(args.reports)
     if len(files) > 1 and (args.json or args.per_report):
