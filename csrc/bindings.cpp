@@ -8,7 +8,6 @@
 
 #include "bindings_cuda.h"
 #include "bindings_direct.h"
-#include "cpu/buffer.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -435,8 +434,6 @@ PYBIND11_MODULE(_c, m) {
   bind_linear(cpu);
   bind_mxfp4(cpu);
   bind_direct(m);
-  m.def("advise_huge_pages",
-        [](Address data, int64_t bytes) { advise_huge_pages(at<void>(data), bytes); });
   m.def(
       "open_cpu",
       [](const std::string& path) { return open_library<CpuKernels>(path, "medgpt_cpu_kernels"); },

@@ -1,6 +1,5 @@
 """The compiled modules: what this machine can run of them, and why not the rest."""
 
-import contextlib
 import functools
 import importlib
 import os
@@ -105,17 +104,6 @@ def direct():
         return _bindings()
     except (Unsupported, AttributeError, RuntimeError):
         return _LongWay
-
-
-def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, its memory asked for in huge pages: before it is written to for the first time.
-
-    Weights that a decoding step streams through come a tenth faster (Linux; elsewhere nothing).
-    """
-    if tensor.device.type == "cpu":
-        with contextlib.suppress(Unsupported):
-            _bindings().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 @functools.cache

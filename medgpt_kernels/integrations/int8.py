@@ -6,7 +6,7 @@ K inputs, N outputs; a weight [N, K] becomes bytes and a scale for each 32 of th
 import torch
 from torch.nn.functional import linear
 
-from medgpt_kernels import native
+from medgpt_kernels import huge_pages, native
 from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations.cache_pages import FEW
 
@@ -65,9 +65,9 @@ class Int8Linear(torch.nn.Module):
         if inputs % BLOCK:
             refuse(f"rows in blocks of {BLOCK}", inputs)
         units = -(-outputs // OUTPUTS)
-        values = dense.weight.new_empty(units, inputs // FOUR, OUTPUTS, FOUR, dtype=torch.uint8)
-        native.advise_huge_pages(values)
-        scales = dense.weight.new_empty(units, inputs // BLOCK, OUTPUTS, dtype=torch.float16)
+        with dense.weight.device:
+            values = huge_pages.empty(units, inputs // FOUR, OUTPUTS, FOUR, dtype=torch.uint8)
+            scales = huge_pages.empty(units, inputs // BLOCK, OUTPUTS, dtype=torch.float16)
         for at in range(0, outputs, ROWS):
             rows = dense.weight[at : at + ROWS].float()
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % OUTPUTS))

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from medgpt_kernels import native
+from medgpt_kernels import huge_pages
 from medgpt_kernels.integrations import refuse
 from medgpt_kernels.integrations.headers import read_headers
 from medgpt_kernels.integrations.moe import experts_forward
@@ -49,10 +49,10 @@ class PackedExperts(torch.nn.Module):
         ):
             if columns % BLOCK:
                 raise ValueError(f"medgpt_kernels: expected sizes in {BLOCK}s, got {columns}")
-            blocks = torch.empty(self.num_experts, rows, columns // BLOCK, 16, dtype=torch.uint8)
+            shape = self.num_experts, rows, columns // BLOCK
             parts = {
-                "blocks": native.advise_huge_pages(blocks).zero_(),
-                "scales": torch.zeros(blocks.shape[:-1], dtype=torch.uint8),
+                "blocks": huge_pages.empty(*shape, 16, dtype=torch.uint8).zero_(),
+                "scales": huge_pages.empty(*shape, dtype=torch.uint8).zero_(),
                 "bias": torch.zeros(self.num_experts, rows, dtype=dtype),
             }
             for part, value in parts.items():
@@ -151,6 +151,9 @@ def load_mxfp4(directory: str | os.PathLike, *, dtype: torch.dtype = torch.bfloa
     for parameter in model.parameters():  # transformers 5.17 keeps the files' dtype under new names
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, (PackedExperts, torch.nn.Linear)):
+            huge_pages.move(module)
     return model
 
 
