@@ -75,15 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--aot",
         action="store_true",
-        help="compile every Triton kernel for every card and print the table (minutes)",
+        help="compile every Triton kernel for every card and print the table (minutes); with --help "
+        "its own options",
     )
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.aot:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.aot:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--aot" in argv:
         from medgpt_kernels import aot
 
-        return aot.main(rest)
+        return aot.main([argument for argument in argv if argument != "--aot"])
+    arguments = parser.parse_args(argv)
     if arguments.selftest:
         from medgpt_kernels import selftest
 
