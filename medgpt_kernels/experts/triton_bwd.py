@@ -248,6 +248,9 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
     weights = weight(call.down, call.down_scales, call.in_out, transposed=True)
     packed = call.down_scales is not None
     marks = ("lora",) if d_low is not None else ("odd",) if call.intermediate % 16 else ()
+    index = index_dtype(d_y, pre_activation)
+    if index == tl.int64:
+        marks = ("long", *marks)
     tile = call.tile("experts_bwd_hidden", packed, *marks)
     parts = triton.cdiv(call.intermediate, tile["BLOCK_N"])
     d_pre = call.empty(*pre_activation.shape) if wanted[0] else None
@@ -267,7 +270,7 @@ def _hidden_gradient(call, d_y, d_low, pre_activation, sorted_weights, wanted):
         SortedWeights=sorted_weights,
         slots=call.rows,
         INTERLEAVED=call.interleaved,
-        INDEX=index_dtype(d_y, pre_activation),
+        INDEX=index,
         **call.activation,
     )
     return d_pre, hidden, partial

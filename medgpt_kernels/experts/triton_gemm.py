@@ -191,7 +191,8 @@ def choose(kernel: str, x: torch.Tensor, rows: int, num_experts: int, packed: bo
 
     Args:
         kernel: as the table names it.
-        marks: what may want another tile: "lora", "concatenated", "odd"; the first with one wins.
+        marks: what may want another tile: "long" (offsets of 64 bits), "lora", "concatenated",
+            "odd"; the first with one wins.
     """
     mean = triton.cdiv(rows, num_experts)
     height = 16 if mean <= 16 else 64 if mean <= 64 else 128
