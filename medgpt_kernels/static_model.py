@@ -136,7 +136,7 @@ def markdown(statics: Iterable[Static]) -> str:
     cards = [card for card in RATES if any(s.card == card for s in statics)]
     cells: dict[str, dict[str, str]] = {}
     for s in statics:
-        name = re.sub(r"-sm_\d+\]$", "]", s.kernel)
+        name = re.sub(r"-sm_\d+((-\d+)?\])$", r"\1", s.kernel)
         cells.setdefault(name, {})[s.card] = f"{s.limit} {s.percent:.0f} %"
     lines = [f"| kernel | {' | '.join(cards)} |", "|---" * (len(cards) + 1) + "|"]
     for name, row in sorted(cells.items()):

@@ -154,6 +154,8 @@ def test_tables_say_what_they_are():
     text = static_model.markdown([static, static._replace(card="sm_90", kernel="k[a-sm_90]")])
     assert text.lower().startswith(static_model.LABEL)
     assert "| `k[a]` | fill 50 % | fill 50 % |" in text
+    second = [static._replace(card=card, kernel=f"k[a-{card}-2]") for card in ("sm_80", "sm_90")]
+    assert "| `k[a-2]` | fill 50 % | fill 50 % |" in static_model.markdown(second)
 
 
 @pytest.fixture(scope="module")
