@@ -153,7 +153,8 @@ PyObject* linear(PyObject* const* a, Py_ssize_t count) {
   return outputs.take();
 }
 
-// (x [B, S, K], values, scales, bias [N] or None, N) of an Int8Linear, at most kFewTokens rows: [y].
+// (x [B, S, K], values, scales, bias [N] or None, N) of an Int8Linear, at most kFewTokens rows:
+// [y].
 PyObject* linear_int8(PyObject* const* a, Py_ssize_t count) {
   Tensor x;
   if (torch == nullptr || count != 5 || !is_plain() || !read_tensor(a[0], 3, &x))

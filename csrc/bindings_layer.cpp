@@ -132,9 +132,9 @@ bool read_experts(PyObject* const* a, const Tensor& x, Floats* router_bias, Deco
 }
 }  // namespace
 
-// (x [B, S, H], two norms' weights, epsilon, projections (weight, scales, bias, outputs), pages, lengths,
-// table, cos, sin, window_left, sinks, softmax_scale, router, its bias, topk, experts (blocks,
-// scales, bias), alpha, limit), as `Argument` counts them: [y].
+// (x [B, S, H], two norms' weights, epsilon, projections (weight, scales, bias, outputs), pages,
+// lengths, table, cos, sin, window_left, sinks, softmax_scale, router, its bias, topk, experts
+// (blocks, scales, bias), alpha, limit), as `Argument` counts them: [y].
 PyObject* decoder_layer(PyObject* const* a, Py_ssize_t count) {
   Tensor x, input_norm, post_norm;
   Floats sinks, router_bias;

@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--aot",
         action="store_true",
-        help="compile every Triton kernel for every card and print the table (minutes); with --help "
-        "its own options",
+        help="compile every Triton kernel for every card and print the table (minutes); "
+        "--aot --help has more",
     )
     argv = sys.argv[1:] if argv is None else argv
     if "--aot" in argv:
