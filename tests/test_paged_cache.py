@@ -25,7 +25,7 @@ from test_transformers import (  # noqa: E402
     truth_of,
 )
 
-from medgpt_kernels.integrations import paged_cache  # noqa: E402
+from medgpt_kernels.integrations import paged_layer  # noqa: E402
 from medgpt_kernels.integrations import transformers as integration  # noqa: E402
 from medgpt_kernels.integrations.paged_cache import PagedCache  # noqa: E402
 
@@ -419,14 +419,14 @@ def test_rows_selected_and_repeated(model, mine):
 
 @pytest.mark.parametrize("off", [-1, 1])
 def test_notices_a_wrong_window(model, mine, off):
-    real = paged_cache.decode_attention
+    real = paged_layer.decode_attention
 
     def wrong(*args, window_size, **options):
         left = window_size[0] + off if window_size[0] >= 0 else -1
         return real(*args, window_size=(left, 0), **options)
 
     ids = tokens(2, 64)
-    with mock.patch.object(paged_cache, "decode_attention", wrong), torch.no_grad():
+    with mock.patch.object(paged_layer, "decode_attention", wrong), torch.no_grad():
         actual = in_parts(ids, [40] + [1] * 24, paged(model))(mine)
     with pytest.raises(ToleranceError):
         hold(model, actual, lambda m: m(ids, use_cache=False).logits)
