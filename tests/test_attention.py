@@ -361,6 +361,24 @@ def test_one_key_head_cut_into_parts(window):
     check("cpu", make(400, heads=4, kv_heads=1), window_size=window, causal=causal)
 
 
+def test_a_key_that_all_rows_see_loses_no_bits(monkeypatch):
+    """d_v of the first key is a sum over 32,768 rows of one sign, p = 1 / keys seen."""
+    from medgpt_kernels import native
+
+    tokens, heads = 2048, 16
+    d_out = torch.rand(1, tokens, heads, 64, generator=torch.Generator().manual_seed(0))
+    q, k = torch.zeros_like(d_out), torch.zeros(1, tokens, 1, 64)
+    v = k.clone().requires_grad_()
+    share = 1 / torch.arange(1, tokens + 1, dtype=torch.float64)
+    true = (d_out[0].double() * share[:, None, None]).sum((0, 1))
+    for isa in native.supported_isas():
+        monkeypatch.setenv("MEDGPT_KERNELS_CPU_ISA", isa)
+        with mk.backend("cpu"):
+            (d_v,) = torch.autograd.grad(mk.attention(q, k, v, window_size=(-1, 0)), v, d_out)
+        error = (d_v[0, 0, 0] / true - 1).square().mean().sqrt()
+        assert error < 3 * 2.0**-24, isa
+
+
 def test_every_isa_agrees(monkeypatch):
     from medgpt_kernels import native
 

@@ -34,6 +34,7 @@ struct Scratch {
   Buffer<U> out_columns;                         // the same
   Buffer<float> p;                               // of one step
   Buffer<U> d_s, p_panels, d_s_panels;           // the same
+  Buffer<float> d_k, d_v;                        // of one block of keys, from one chunk of rows
   Panel panels[kPanels];
 
   explicit Scratch(const Problem& p_)
@@ -52,7 +53,9 @@ struct Scratch {
         p(kKeys * kRows),
         d_s(units<U>(kKeys) * kRows),
         p_panels(kKeys * units<U>(kRows)),
-        d_s_panels(kKeys * units<U>(kRows)) {}
+        d_s_panels(kKeys * units<U>(kRows)),
+        d_k(kPackedKeys * p_.padded()),
+        d_v(kPackedKeys * p_.padded()) {}
 };
 
 // One tile [kAR keys][kRows] to the A operand of the products over rows: [units of kRows][kAR].
@@ -227,6 +230,11 @@ void store_d_query(const Sequence& s, const Panel& panel, int64_t kv_head, const
   }
 }
 
+// A key that many rows see would lose bits in one chain over all of their panels.
+inline void add_block(const float* block, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; i += kLanes) store(sum + i, load(sum + i) + load(block + i));
+}
+
 template <typename T, typename U>
 void backward_chunk(const Sequence& s, const Part& part, Range rows, const AttentionBackward& a,
                     float* d_k, float* d_v, double* d_sinks, Scratch<U>& w) {
@@ -262,15 +270,22 @@ void backward_chunk(const Sequence& s, const Part& part, Range rows, const Atten
     load_keys(s, part.kv_head, keys, static_cast<const T*>(a.k), a.k_strides, true, made);
     pack_panels(made, w.key_panels.get(), count, dim, padded);
     unite_rows(made, w.key_rows.get(), count, padded);
+    if (d_k != nullptr) std::fill_n(w.d_k.get(), count * padded, 0.0f);
+    if (d_v != nullptr) std::fill_n(w.d_v.get(), count * padded, 0.0f);
     for (int64_t i = 0; i < panels; i++) {
       Range mine = clip_to_block(w.panels[i].any, block);
       int64_t length = step_length(mine);
       for (int64_t lo = mine.lo; lo < mine.hi; lo += length) {
-        int64_t offset = (lo - part.keys.lo) * padded;
-        step(p, w, i, {lo, std::min(lo + length, mine.hi)}, block, d_k ? d_k + offset : nullptr,
-             d_v ? d_v + offset : nullptr, a.d_q != nullptr);
+        int64_t offset = (lo - block) * padded;
+        step(p, w, i, {lo, std::min(lo + length, mine.hi)}, block,
+             d_k ? w.d_k.get() + offset : nullptr, d_v ? w.d_v.get() + offset : nullptr,
+             a.d_q != nullptr);
       }
     }
+    int64_t offset = (block - part.keys.lo) * padded;
+    int64_t whole = std::min(count, part.keys.hi - block) * padded;
+    if (d_k != nullptr) add_block(w.d_k.get(), whole, d_k + offset);
+    if (d_v != nullptr) add_block(w.d_v.get(), whole, d_v + offset);
   }
   for (int64_t i = 0; a.d_q != nullptr && i < panels; i++)
     store_d_query(s, w.panels[i], part.kv_head, w.d_query_columns.get() + i * kRows * padded,
