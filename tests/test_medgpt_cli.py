@@ -32,8 +32,10 @@ from medgpt.model import MedGPTForConditionalGeneration
 from medgpt.processor import MedGPTProcessor
 from medgpt.terminal import escaped, printable
 
+# Without a network, and with the Ctrl-C of a terminal where whoever runs the tests ignores it.
 ALONE = """
-import socket, sys
+import signal, socket, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def refuse(*args, **kwargs):
     raise AssertionError(f"a connection to {args[1:]}")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
