@@ -28,7 +28,7 @@ from test_transformers_moe import dequantised, hold_logits, tensors_in
 
 from medgpt import checkpoint, internvl, shards
 from medgpt.config import MedGPTVisionConfig
-from medgpt_kernels import pack_images
+from medgpt_kernels import huge_pages, pack_images
 from medgpt_kernels.integrations.packed import PackedExperts
 from medgpt_kernels.mxfp4.op import Mxfp4Tensor
 from medgpt_kernels.testing import ToleranceError, assert_close
@@ -254,6 +254,18 @@ def test_loaded_and_saved_again_is_the_same(tmp_path, parts):
         ValueError, match=r"expected a whole checkpoint .*, got adapter_config.json"
     ):
         load(out)
+
+
+def test_packed_weights_lie_in_huge_pages(tmp_path, parts, monkeypatch):
+    out = compose(tmp_path)
+    expected = text_logits(load(out))
+    monkeypatch.setattr(huge_pages, "LEAST", 1)
+    model = load(out)
+    held = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    assert held
+    for tensor in (x for m in held for x in (*m.gate_up_proj, *m.down_proj)):
+        assert tensor.data_ptr() % huge_pages.PAGE == 0
+    assert torch.equal(text_logits(model), expected)
 
 
 def test_published_config_survives(tmp_path, parts):
