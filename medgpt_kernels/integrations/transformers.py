@@ -78,6 +78,7 @@ def load_mxfp4(directory, *, dtype: torch.dtype = torch.bfloat16, **options):
     """A published gpt-oss checkpoint with its experts left in MXFP4, patched.
 
     The blocks and scales go from the files to the kernels as they are: no dense copy is ever made.
+    On a CPU they, and the linear layers, move to huge pages, one tensor after the other.
     gpt-oss may be the text part of a larger model of transformers. `save_pretrained` writes the
     same bytes again.
 
